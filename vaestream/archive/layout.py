@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vaestream.archive.storage import store_errors
 from vaestream.errors import DamagedArchiveError
 
 MAGIC = b"PAR1"
@@ -82,10 +83,12 @@ def parse_footer(tail: bytes, size: int, name: str) -> Footer | int:
 
 def read_footer(fs: fsspec.AbstractFileSystem, path: str, size: int, name: str) -> Footer:
     """Read a file's footer: one ranged read, two where it is longer than 64 KiB."""
-    tail = fs.cat_file(path, start=max(0, size - _TAIL_BYTES), end=size)
-    footer = parse_footer(tail, size, name)
-    if isinstance(footer, int):
-        footer = parse_footer(fs.cat_file(path, start=size - footer, end=size), size, name)
+    with store_errors(path):
+        tail = fs.cat_file(path, start=max(0, size - _TAIL_BYTES), end=size)
+        footer = parse_footer(tail, size, name)
+        if isinstance(footer, int):
+            tail = fs.cat_file(path, start=size - footer, end=size)
+            footer = parse_footer(tail, size, name)
     if isinstance(footer, int):
         raise DamagedArchiveError(f"{name}: footer: changed while it was read")
     return footer

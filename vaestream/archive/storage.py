@@ -110,14 +110,15 @@ class RangeFile(io.RawIOBase):
     def tell(self) -> int:
         return self._at
 
-    def read(self, size: int = -1) -> bytes:
-        end = self._size if size is None or size < 0 else min(self._size, self._at + size)
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._size, self._at + len(buffer))
         if end <= self._at:
-            return b""
+            return 0
         with store_errors(self._path):
             data: bytes = self._fs.cat_file(self._path, start=self._at, end=end)
+        buffer[: len(data)] = data
         self._at += len(data)
-        return data
+        return len(data)
 
 
 @contextmanager

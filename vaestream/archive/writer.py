@@ -22,7 +22,7 @@ from vaestream.archive.layout import (
 )
 from vaestream.archive.manifest import PartInfo, PartStats
 from vaestream.archive.schema import FORMAT_VERSION, SCHEMA, Row, check_row, to_table
-from vaestream.archive.storage import file_size, join, put_bytes, staged, store_errors
+from vaestream.archive.storage import file_size, join, put_bytes, staged
 from vaestream.errors import ArchiveError, DamagedArchiveError
 
 ROW_GROUP_BYTES = 96 << 20
@@ -79,8 +79,7 @@ def find_part(fs: fsspec.AbstractFileSystem, root: str, part_id: str) -> PartInf
     path = join(root, name)
     try:
         size = file_size(fs, path)
-        with store_errors(path):
-            footer = read_footer(fs, path, size, name)
+        footer = read_footer(fs, path, size, name)
     except FileNotFoundError:
         return None
     info = part_info(footer, name)

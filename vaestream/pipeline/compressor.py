@@ -1,0 +1,221 @@
+"""One source object -> one row of the archive, whatever the object turns out to be."""
+
+import hashlib
+import logging
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from vaestream import images
+from vaestream.archive.schema import Row
+from vaestream.codec import Codec, Encoded
+from vaestream.errors import VaestreamError
+from vaestream.pipeline.plan import SourceObject
+
+Verify = Literal["none", "sample", "all"]
+
+_SAMPLE_OF = 16
+_PSNR_TOLERANCE = 0.01
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What decides an archive's rows, apart from the sources and the model.
+
+    One of quality (0 to 100), target_bpp (bits per pixel) and target_psnr (dB) is given, the others
+    are None. min_psnr: dB below which the source is kept. max_pixels: a picture of more is refused
+    as a decompression bomb.
+    """
+
+    quality: float | None
+    target_bpp: float | None
+    target_psnr: float | None
+    min_psnr: float
+    max_pixels: int
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        quality: float | None = None,
+        target_bpp: float | None = None,
+        target_psnr: float | None = None,
+        min_psnr: float | None = None,
+        max_pixels: int = 256_000_000,
+    ) -> "Settings":
+        """Check what a user has asked for and fill in what is open.
+
+        With nothing said, quality is 50. The default of min_psnr, which keeps screenshots and text
+        from being spoilt, is what photos stay above: 30 dB from quality 50 on and for a target of
+        bits, 10 dB less at quality 0 where photos need fewer; never more than 1 dB below a target
+        of PSNR. Errors: VaestreamError for numbers that make no sense.
+        """
+        given = [value for value in (quality, target_bpp, target_psnr) if value is not None]
+        if len(given) > 1:
+            raise VaestreamError("quality, target bpp and target PSNR exclude each other")
+        if not given:
+            quality = 50.0
+        if quality is not None and not 0 <= quality <= 100:
+            raise VaestreamError(f"quality must lie between 0 and 100, not at {quality:g}")
+        for name, value in (("target bpp", target_bpp), ("target PSNR", target_psnr)):
+            if value is not None and not 0 < value < float("inf"):
+                raise VaestreamError(f"{name} must be a positive number, not {value:g}")
+        if max_pixels < 1:
+            raise VaestreamError(f"max pixels must be at least 1, not {max_pixels}")
+        if min_psnr is None:
+            if target_psnr is not None:
+                min_psnr = min(30.0, target_psnr - 1.0)
+            else:
+                min_psnr = 30.0 if quality is None else min(30.0, 20.0 + quality / 5.0)
+        return cls(
+            None if quality is None else float(quality),
+            target_bpp,
+            target_psnr,
+            float(min_psnr),
+            max_pixels,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, as they go into the manifest and into the names of parts."""
+        return asdict(self)
+
+
+class Compressor:
+    """Makes rows. It never raises for what an object holds: that ends in the row.
+
+    verify: how many of the written bitstreams are decoded again, and the source kept where the
+    result is not what the encoder has promised: none, about one in sixteen (chosen by the source's
+    hash), or all.
+    """
+
+    def __init__(self, codec: Codec, settings: Settings, verify: Verify = "sample") -> None:
+        self._codec, self._settings, self._verify = codec, settings, verify
+
+    def row(self, item: SourceObject, data: bytes) -> Row:
+        """The row of an object whose bytes are `data`."""
+        try:
+            return self._row(item, data)
+        except Exception as error:
+            # The one place that catches all: a surprise in one of a million photos costs that
+            # photo's row its compression, not the job.
+            _log.warning("%s: kept as it is", item.url, exc_info=True)
+            return failed(item, data, f"cannot be compressed: {describe(error)}")
+
+    def _row(self, item: SourceObject, data: bytes) -> Row:
+        loaded = images.load(data, name=item.key, max_pixels=self._settings.max_pixels)
+        if isinstance(loaded, images.Broken):
+            return kept(
+                item,
+                data,
+                error=loaded.error,
+                source_format=loaded.format,
+                width=loaded.width,
+                height=loaded.height,
+            )
+        if isinstance(loaded, images.Kept):
+            return kept(
+                item,
+                data,
+                reason=loaded.reason,
+                source_format=loaded.format,
+                width=loaded.width,
+                height=loaded.height,
+            )
+        height, width = loaded.pixels.shape[:2]
+        encoded = self._codec.compress(
+            loaded.pixels,
+            quality=self._settings.quality,
+            target_bpp=self._settings.target_bpp,
+            target_psnr=self._settings.target_psnr,
+        )
+        metadata = sum(len(part or b"") for part in (loaded.exif, loaded.xmp, loaded.icc))
+        reason = None
+        if len(encoded.data) + metadata >= len(data):
+            reason = "no smaller than the source"
+        elif encoded.psnr is not None and encoded.psnr < self._settings.min_psnr:
+            reason = "below the PSNR floor"
+        elif self._is_verified(data) and not self._decodes(encoded, loaded):
+            _log.error("%s: the bitstream does not decode to what was encoded", item.url)
+            reason = "failed verification"
+        if reason is not None:
+            return kept(
+                item,
+                data,
+                reason=reason,
+                source_format=loaded.format,
+                width=width,
+                height=height,
+            )
+        return Row(
+            data=encoded.data,
+            codec="vae",
+            width=width,
+            height=height,
+            channels=1 if loaded.pixels.ndim == 2 else 3,
+            quality=encoded.quality,
+            psnr=encoded.psnr,
+            source_format=loaded.format,
+            exif=loaded.exif,
+            xmp=loaded.xmp,
+            icc=loaded.icc,
+            **_source(item, data),
+        )
+
+    def _is_verified(self, data: bytes) -> bool:
+        if self._verify == "sample":
+            return hashlib.sha256(data).digest()[0] % _SAMPLE_OF == 0
+        return self._verify == "all"
+
+    def _decodes(self, encoded: Encoded, photo: images.Photo) -> bool:
+        (decoded,) = self._codec.decode([encoded.data])
+        if decoded.shape != photo.pixels.shape:
+            return False
+        if encoded.psnr is None:
+            return True
+        found = _psnr(photo.pixels, decoded)
+        return found == encoded.psnr or abs(found - encoded.psnr) <= _PSNR_TOLERANCE
+
+
+def kept(item: SourceObject, data: bytes, **what: Any) -> Row:
+    """A row that keeps the source's bytes; `what`: further fields of Row, reason or error."""
+    return Row(data=data, codec="source", **what, **_source(item, data))
+
+
+def failed(item: SourceObject, data: bytes | None, error: str) -> Row:
+    """The row of an object that cannot be handled; None where not even its bytes are to be had,
+    and then the row tells the size that the store has told."""
+    if data is not None:
+        return kept(item, data, error=error)
+    unread = {**_source(item, b""), "source_size": item.version.size or 0}
+    return Row(data=b"", codec="source", error=error, **unread)
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _source(item: SourceObject, data: bytes) -> dict[str, Any]:
+    # An object of another size than listed has changed since: its time and ETag are not known.
+    listed = item.version.size in (None, len(data))
+    return {
+        "key": item.key,
+        "source_size": len(data),
+        "source_mtime": item.version.mtime if listed else None,
+        "source_url": item.url,
+        "source_etag": item.version.etag if listed else None,
+        "source_sha256": hashlib.sha256(data).hexdigest(),
+    }
+
+
+def _psnr(one: np.ndarray, other: np.ndarray) -> float:
+    """dB over all samples; by rows, as the squares of a large photo would take gigabytes."""
+    total = 0
+    for a, b in zip(one, other, strict=True):
+        total += int(np.square(a.astype(np.int32) - b).sum(dtype=np.int64))
+    return math.inf if total == 0 else 10 * math.log10(255**2 * one.size / total)

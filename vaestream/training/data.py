@@ -1,0 +1,81 @@
+"""Random crops of a photo collection, for training."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vaestream.errors import SourceError
+from vaestream.images import Photo, load
+
+
+@dataclass(frozen=True)
+class PhotoSet:
+    """Decoded photos in memory, each (H, W, 3) uint8 and at least one crop large."""
+
+    photos: tuple[NDArray[np.uint8], ...]
+    names: tuple[str, ...]
+
+    def crops(self, count: int, size: int, rng: np.random.Generator) -> Tensor:
+        """(count, 3, size, size) float32 pixels minus 128, channels-last.
+
+        Photos are drawn in proportion to their area, places uniformly; half are mirrored.
+        """
+        areas = np.array([p.shape[0] * p.shape[1] for p in self.photos], np.float64)
+        batch = np.empty((count, size, size, 3), np.uint8)
+        for i, index in enumerate(rng.choice(len(areas), count, p=areas / areas.sum())):
+            photo = self.photos[index]
+            top = rng.integers(photo.shape[0] - size + 1)
+            left = rng.integers(photo.shape[1] - size + 1)
+            crop = photo[top : top + size, left : left + size]
+            batch[i] = crop[:, ::-1] if rng.random() < 0.5 else crop
+        return torch.from_numpy(batch).permute(0, 3, 1, 2).float() - 128
+
+    def centers(self, size: int) -> Tensor:
+        """(len, 3, size, size) float32 pixels minus 128: the middle of every photo."""
+        middle = [
+            p[(p.shape[0] - size) // 2 :, (p.shape[1] - size) // 2 :][:size, :size]
+            for p in self.photos
+        ]
+        return torch.from_numpy(np.stack(middle)).permute(0, 3, 1, 2).float() - 128
+
+
+def list_photos(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Files under folders, recursively, and files as they are; sorted by path."""
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files += [p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")]
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise SourceError(f"{path}: no such file or folder")
+    return sorted(files)
+
+
+def load_photos(files: Iterable[Path], *, min_side: int, max_bytes: int) -> PhotoSet:
+    """Decode photos until `max_bytes` of pixels are in memory; what is no photo is passed over.
+
+    Raises SourceError when nothing is left to train on.
+    """
+    photos, names, total = [], [], 0
+    for file in files:
+        loaded = load(file.read_bytes(), name=str(file))
+        if not isinstance(loaded, Photo) or min(loaded.pixels.shape[:2]) < min_side:
+            continue
+        pixels = loaded.pixels
+        if pixels.ndim == 2:
+            pixels = np.repeat(pixels[:, :, None], 3, axis=2)
+        total += pixels.nbytes
+        if total > max_bytes:
+            break
+        photos.append(pixels)
+        names.append(file.name)
+    if not photos:
+        raise SourceError(f"no photo of at least {min_side} pixels a side to train on")
+    return PhotoSet(tuple(photos), tuple(names))

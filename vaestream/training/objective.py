@@ -1,0 +1,34 @@
+"""The training objective: rate + lambda * distortion, balanced over the qualities."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vaestream.codec.hyperprior import TrainingOutput, quality_to_lambda
+
+_BALANCE_EXPONENT = -0.46
+_BALANCE_LAMBDA = 0.016
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Means over a batch. `loss` is what is minimised; bpp in bits per pixel, mse on 0..255."""
+
+    loss: Tensor
+    bpp: Tensor
+    mse: Tensor
+
+
+def rate_distortion(output: TrainingOutput, x: Tensor, quality: Tensor) -> Cost:
+    """Per photo: bits per pixel + lambda * MSE, weighted so that every quality counts alike.
+
+    Rate + lambda * distortion grows about as lambda**0.46 from low to high quality; without the
+    weight the high qualities would drown the low ones, where BD-rate is just as sensitive.
+    """
+    pixels = x.shape[-2] * x.shape[-1]
+    bpp = (output.y_bits.flatten(1).sum(1) + output.z_bits.flatten(1).sum(1)) / pixels
+    mse = (output.x_hat - x).square().flatten(1).mean(1)
+    lam = quality_to_lambda(quality)
+    weight = (lam / _BALANCE_LAMBDA) ** _BALANCE_EXPONENT
+    return Cost(torch.mean(weight * (bpp + lam * mse)), bpp, mse)

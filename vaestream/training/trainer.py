@@ -1,0 +1,289 @@
+"""Training: one run of AdamW over random crops and qualities, resumable at any moment."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vaestream.codec.hyperprior import Hyperprior, ModelConfig
+from vaestream.codec.weights import export_weights, import_weights
+from vaestream.errors import WeightsError
+
+from .data import PhotoSet, list_photos, load_photos
+from .objective import rate_distortion
+
+_VALIDATION_QUALITIES = (10.0, 30.0, 50.0, 70.0, 90.0)
+_CHECKPOINT_SECONDS = 180.0
+_LOG_STEPS = 100
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What shapes a run.
+
+    batch, crop: photos a step and their side in pixels (a multiple of 64).
+    learning_rate: peak, for the networks; the entropy model learns `entropy_rate` times,
+        the block transforms, which start near their optimum, `linear_rate` times as fast.
+    constant: share of the run at the peak; then a cosine to `final_rate` of it.
+    linear: share of the run at its start in which only the linear transform and the entropy model
+        learn (skipped when the run starts from given weights).
+    """
+
+    batch: int = 4
+    crop: int = 256
+    learning_rate: float = 6e-4
+    entropy_rate: float = 3.0
+    linear_rate: float = 0.1
+    warmup: float = 0.01
+    constant: float = 0.5
+    final_rate: float = 0.01
+    linear: float = 0.03
+    validation_photos: int = 16
+    max_gigabytes: float = 4.0
+    seed: int = 0
+
+
+def train(
+    photos: Iterable[str | os.PathLike[str]],
+    *,
+    out: str | os.PathLike[str],
+    init: str | os.PathLike[str] | None = None,
+    minutes: float | None = None,
+    steps: int | None = None,
+    device: str = "auto",
+    config: ModelConfig | None = None,
+    settings: TrainingSettings | None = None,
+    log: Callable[[str], None] = print,
+    on_step: Callable[[int], None] | None = None,
+) -> Path:
+    """Train on `photos` (files and folders) and write a weights file to `out`.
+
+    The run lasts `minutes` of computing time or `steps`, exactly one of which is given. Beside
+    `out` it keeps `OUT.checkpoint`, from which the same call continues after an interruption, and
+    `OUT.log.jsonl`, a line every 100 steps (loss, bpp, MSE, learning rate) and one a validation.
+    `init` starts from the weights of an earlier run instead of the DCT.
+
+    Raises ValueError if not exactly one of minutes and steps is given, SourceError if nothing is
+    there to train on, WeightsError if `init` or the checkpoint cannot be used.
+    """
+    if (minutes is None) == (steps is None):
+        raise ValueError("give either minutes or steps")
+    settings = settings or TrainingSettings()
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    torch_device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    )
+    torch.manual_seed(settings.seed)
+    if init is not None:
+        model = import_weights(Path(init).read_bytes()).model
+    else:
+        model = Hyperprior(config or ModelConfig())
+    model.to(torch_device, memory_format=torch.channels_last)
+    run = _Run(model, settings, minutes, steps, linear_start=init is None)
+    checkpoint = out.with_name(out.name + ".checkpoint")
+    if checkpoint.exists():
+        run.restore(checkpoint, torch_device)
+        log(f"continuing {checkpoint} at step {run.step}")
+
+    files = list_photos(photos)
+    held = files[:: max(1, len(files) // settings.validation_photos)][: settings.validation_photos]
+    if len(files) < 4 * settings.validation_photos:
+        held = files  # too few to set any aside
+    validation = load_photos(held, min_side=settings.crop, max_bytes=1 << 30)
+    training = load_photos(
+        files if held is files else [f for f in files if f not in set(held)],
+        min_side=settings.crop,
+        max_bytes=int(settings.max_gigabytes * 1e9),
+    )
+    log(f"{len(training.photos)} photos to train on, {len(validation.photos)} set aside")
+
+    with open(out.with_name(out.name + ".log.jsonl"), "a", encoding="utf-8") as journal:
+
+        def record(entry: dict[str, Any]) -> None:
+            journal.write(json.dumps(entry) + "\n")
+            journal.flush()
+            log(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                         for k, v in entry.items()))
+
+        saved = time.monotonic()
+        while not run.finished:
+            entry = run.advance(training, torch_device)
+            if entry is not None:
+                record(entry)
+            if on_step is not None:
+                on_step(run.step)
+            if time.monotonic() - saved > _CHECKPOINT_SECONDS:
+                run.save(checkpoint)
+                record(_validate(run.model, validation, run, torch_device))
+                saved = time.monotonic()
+        record(_validate(run.model, validation, run, torch_device))
+    run.save(checkpoint)
+    _write_atomically(out, export_weights(run.model.cpu().eval()))
+    checkpoint.unlink()
+    return out
+
+
+class _Run:
+    """The moving state of a run: model, optimiser, clock."""
+
+    def __init__(
+        self,
+        model: Hyperprior,
+        settings: TrainingSettings,
+        minutes: float | None,
+        steps: int | None,
+        *,
+        linear_start: bool,
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self.limit_seconds = math.inf if minutes is None else minutes * 60
+        self.limit_steps = math.inf if steps is None else steps
+        self.linear = settings.linear if linear_start else 0.0
+        self.step = 0
+        self.seconds = 0.0
+        self.rng = np.random.default_rng(settings.seed)
+        entropy = {"h_a", "h_s_mean", "h_s_scale", "z_prior", "log_gain"}
+        groups: dict[float, list[torch.nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            factor = 1.0
+            if name.split(".")[0] in entropy:
+                factor = settings.entropy_rate
+            elif name.endswith(".linear"):
+                factor = settings.linear_rate
+            groups.setdefault(factor, []).append(parameter)
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": parameters, "peak": settings.learning_rate * factor}
+                for factor, parameters in groups.items()
+            ],
+            lr=0.0,
+            weight_decay=0.0,
+            fused=True,
+        )
+        self._sums: list[Tensor] = []
+
+    @property
+    def progress(self) -> float:
+        return max(self.step / self.limit_steps, self.seconds / self.limit_seconds)
+
+    @property
+    def finished(self) -> bool:
+        return self.progress >= 1
+
+    def rate(self) -> float:
+        """Learning rate now, as a share of the peak."""
+        s, p = self.settings, self.progress
+        if p < s.warmup:
+            return (p + 1e-4) / s.warmup
+        if p < s.constant:
+            return 1.0
+        phase = (p - s.constant) / (1 - s.constant)
+        return s.final_rate + (1 - s.final_rate) * 0.5 * (1 + math.cos(math.pi * min(phase, 1)))
+
+    def advance(self, photos: PhotoSet, device: torch.device) -> dict[str, Any] | None:
+        """One step; every 100th returns a log entry."""
+        start = time.monotonic()
+        s = self.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * self.rate()
+        x = photos.crops(s.batch, s.crop, self.rng).to(device, memory_format=torch.channels_last)
+        # Stratified, so that every batch spans the qualities.
+        strata = (np.arange(s.batch) + self.rng.random(s.batch)) * (100 / s.batch)
+        quality = torch.from_numpy(strata).float().to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            output = self.model(x, quality, linear_only=self.progress < self.linear)
+        cost = rate_distortion(output, x, quality)
+        self.optimizer.zero_grad(set_to_none=True)
+        cost.loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if bool(torch.isfinite(norm)):
+            self.optimizer.step()
+        self._sums.append(
+            torch.stack([cost.loss, cost.bpp.mean(), cost.mse.mean(), norm]).detach()
+        )
+        self.step += 1
+        self.seconds += time.monotonic() - start
+        if self.step % _LOG_STEPS:
+            return None
+        loss, bpp, mse, gradient = torch.stack(self._sums).mean(0).tolist()
+        self._sums.clear()
+        return {
+            "step": self.step,
+            "seconds": round(self.seconds, 1),
+            "loss": loss,
+            "bpp": bpp,
+            "mse": mse,
+            "gradient": gradient,
+            "rate": self.rate(),
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the whole state; whoever reads `path` sees the old state or the new one."""
+        state = {
+            "config": asdict(self.model.config),
+            "settings": asdict(self.settings),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "linear": self.linear,
+        }
+        temporary = path.with_name(path.name + ".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+
+    def restore(self, path: Path, device: torch.device) -> None:
+        """Continue from `save`. Raises WeightsError if the run there was another one."""
+        try:
+            state = torch.load(path, map_location=device, weights_only=True)
+            if state["config"] != asdict(self.model.config):
+                raise WeightsError(f"{path}: made by a run of another network; remove it first")
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.seconds = state["step"], state["seconds"]
+            self.linear = state["linear"]
+        except WeightsError:
+            raise
+        except Exception as error:  # torch.load raises whatever pickle and zip raise
+            raise WeightsError(f"{path}: not a usable checkpoint: {error}") from error
+        self.rng = np.random.default_rng((self.settings.seed, self.step))
+
+
+@torch.no_grad()
+def _validate(
+    model: Hyperprior, photos: PhotoSet, run: _Run, device: torch.device
+) -> dict[str, Any]:
+    """Estimated bits per pixel and PSNR (dB) of the photos set aside, at fixed qualities."""
+    x_all = photos.centers(run.settings.crop)
+    linear_only = run.progress < run.linear
+    curve = []
+    for quality in _VALIDATION_QUALITIES:
+        torch.manual_seed(0)  # the same noise every time, so that curves compare
+        bpp, psnr = [], []
+        for x in x_all.split(8):
+            x = x.to(device, memory_format=torch.channels_last)
+            q = torch.full((len(x),), quality, device=device)
+            with torch.autocast(device.type, torch.bfloat16):
+                output = model(x, q, linear_only=linear_only)
+            cost = rate_distortion(output, x, q)
+            bpp.append(cost.bpp)
+            psnr.append(10 * torch.log10(255**2 / cost.mse))
+        curve.append([round(float(torch.cat(v).mean()), 4) for v in (bpp, psnr)])
+    torch.manual_seed(run.step)
+    return {"step": run.step, "seconds": round(run.seconds, 1), "validation": curve}
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)

@@ -176,8 +176,9 @@ class Compressor:
             return False
         if encoded.psnr is None:
             return True
-        found = _psnr(photo.pixels, decoded)
-        return found == encoded.psnr or abs(found - encoded.psnr) <= _PSNR_TOLERANCE
+        return math.isclose(
+            _psnr(photo.pixels, decoded), encoded.psnr, rel_tol=0, abs_tol=_PSNR_TOLERANCE
+        )
 
 
 def kept(item: SourceObject, data: bytes, **what: Any) -> Row:

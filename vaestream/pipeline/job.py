@@ -184,8 +184,8 @@ def compress(
     )
     if shard_images < 1 or shard_bytes < 1 or max_object_bytes < 1:
         raise VaestreamError("shard images, shard bytes and object bytes must be at least 1")
-    single = isinstance(sources, str | os.PathLike)
-    texts = [os.fspath(source) for source in ([sources] if single else sources)]
+    listed = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
+    texts = [os.fspath(source) for source in listed]
     target = os.fspath(destination)
     fs, path = store_of(target, storage_options)
     root = path.rstrip("/")
@@ -223,7 +223,7 @@ def compress(
                 import ray
 
                 pool = plan_pool(
-                    ray.cluster_resources(),
+                    ray.cluster_resources(),  # type: ignore[no-untyped-call]
                     shards=len(work.shards),
                     device=device,
                     workers=workers,
@@ -297,7 +297,8 @@ def _cause(error: BaseException) -> BaseException:
         if isinstance(found, VaestreamError):
             # Anew: Ray's class has the worker's traceback for its text.
             kind = next(k for k in type(found).__mro__ if k.__module__ == VaestreamError.__module__)
-            return kind(*found.args)
+            again: VaestreamError = kind(*found.args)
+            return again
         waiting += [found.__cause__, found.__context__, getattr(found, "cause", None)]
     return error
 
@@ -346,8 +347,9 @@ def _progress(shards: Sequence[Shard], parts: Sequence[PartInfo], seconds: float
 
 def _errors(url: str, storage_options: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """Key and error of each row that has one."""
-    archive = open_archive(url, storage_options=options_for(url, storage_options))
-    return [(row.key, row.error) for row in archive.rows() if row.error is not None]
+    index = open_archive(url, storage_options=options_for(url, storage_options)).index
+    broken = index.filter(index["error"].is_valid())
+    return list(zip(broken["key"].to_pylist(), broken["error"].to_pylist(), strict=True))
 
 
 def _summary(

@@ -1,0 +1,466 @@
+"""The command line: each subcommand a thin layer over a function that Python can call too.
+
+Exit codes: 0 all is well, 1 an error, 2 wrong usage, 3 done, but some rows carry errors, 130 and
+143 stopped by Ctrl-C and SIGTERM.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from vaestream import __version__
+from vaestream.errors import VaestreamError
+
+if TYPE_CHECKING:
+    from vaestream.archive.reader import Archive
+    from vaestream.archive.schema import RowInfo
+    from vaestream.pipeline.job import Progress, Summary
+
+OK, ERROR, USAGE, SOME_FAILED = 0, 1, 2, 3
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as an exception, so that what is open gets closed."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code; errors are told on stderr in one line."""
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit as exit:
+        return exit.code if isinstance(exit.code, int) else USAGE
+    run: Callable[[argparse.Namespace], int] = args.run
+    try:
+        with _terminable():
+            return run(args)
+    except VaestreamError as error:
+        return _complain(str(error))
+    except BrokenPipeError:
+        # The reader of our output has gone: no error of ours, and nothing left to flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ERROR
+    except OSError as error:
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        return _stopped(args, INTERRUPTED)
+    except _Terminated:
+        return _stopped(args, TERMINATED)
+
+
+def compress(args: argparse.Namespace) -> int:
+    """`vaestream compress`."""
+    from vaestream.pipeline.job import compress
+
+    line = _ProgressLine()
+    try:
+        summary = compress(
+            args.sources,
+            args.destination,
+            quality=args.quality,
+            target_bpp=args.target_bpp,
+            target_psnr=args.target_psnr,
+            min_psnr=args.min_psnr,
+            device=args.device,
+            workers=args.workers,
+            gpus_per_worker=args.gpus_per_worker,
+            shard_images=args.shard_images,
+            verify=args.verify,
+            include=args.include,
+            exclude=args.exclude,
+            storage_options=args.storage_options,
+            address=args.address,
+            overwrite=args.overwrite,
+            weights=args.weights,
+            max_pixels=args.max_pixels,
+            max_object_bytes=args.max_object_bytes,
+            progress=line.show,
+        )
+    finally:
+        line.end()
+    if args.json:
+        print(json.dumps(summary.to_json()))
+    else:
+        print(_told(summary, args.destination))
+    return SOME_FAILED if summary.errors else OK
+
+
+def ls(args: argparse.Namespace) -> int:
+    """`vaestream ls`: a row a line."""
+    for row in _open(args).rows():
+        print(json.dumps(_plain(asdict(row))) if args.json else _row_line(row))
+    return OK
+
+
+def info(args: argparse.Namespace) -> int:
+    """`vaestream info`: what an archive holds, from its manifest alone."""
+    archive = _open(args)
+    manifest = archive.manifest
+    totals = manifest.totals
+    size = sum(part.size for part in manifest.parts)
+    facts: dict[str, Any] = {
+        "url": archive.url,
+        "rows": manifest.num_rows,
+        "photos": totals.photos_vae,
+        "kept": totals.reasons,
+        "errors": totals.errors,
+        "parts": len(manifest.parts),
+        "source_bytes": totals.source_bytes,
+        "archive_bytes": size,
+        "ratio": totals.source_bytes / size if size else None,
+        "bpp": 8 * totals.vae_coded_bytes / totals.vae_pixels if totals.vae_pixels else None,
+        "psnr": totals.psnr_sum / totals.psnr_count if totals.psnr_count else None,
+        "megapixels": totals.vae_pixels / 1e6,
+        "settings": manifest.settings,
+        "model_id": manifest.model_id,
+        "format_version": manifest.version,
+    }
+    if args.json:
+        print(json.dumps(facts))
+        return OK
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {one}" for key, one in value.items() if one is not None)
+        elif name.endswith("_bytes"):
+            value = _size(value)
+        elif isinstance(value, float):
+            value = f"{value:.2f}"
+        print(f"{name.replace('_', ' '):15s} {'-' if value in (None, '') else value}")
+    return OK
+
+
+def extract(args: argparse.Namespace) -> int:
+    """`vaestream extract`."""
+    from vaestream.pipeline.extract import extract
+
+    result = extract(
+        _open(args),
+        args.destination,
+        args.keys,
+        format=args.format,
+        storage_options=args.storage_options,
+    )
+    for key, reason in result.failures.items():
+        print(f"vaestream: {key}: {reason}", file=sys.stderr)
+    print(
+        f"{result.decoded} photos decoded, {result.verbatim} objects as they were, "
+        f"{len(result.failures)} not written"
+    )
+    return SOME_FAILED if result.failures else OK
+
+
+def verify(args: argparse.Namespace) -> int:
+    """`vaestream verify`: exit code 1 where any byte is not the one that was written."""
+    from vaestream.archive.verify import verify
+    from vaestream.pipeline.stores import options_for
+
+    problems = verify(args.archive, storage_options=options_for(args.archive, args.storage_options))
+    if args.json:
+        print(json.dumps({"problems": [asdict(problem) for problem in problems]}))
+    else:
+        for problem in problems:
+            where = (
+                problem.part if problem.row_key is None else f"{problem.part}: {problem.row_key}"
+            )
+            print(f"{where}: {problem.what}: {problem.detail}")
+        print(f"{len(problems)} problems" if problems else "whole: every byte is as written")
+    return ERROR if problems else OK
+
+
+def train(args: argparse.Namespace) -> int:
+    """`vaestream train`."""
+    from vaestream.training.trainer import train
+
+    path = train(
+        args.photos,
+        out=args.out,
+        init=args.init,
+        minutes=args.minutes,
+        steps=args.steps,
+        device=args.device,
+    )
+    print(path)
+    return OK
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """`vaestream evaluate`."""
+    from vaestream.training.evaluate import evaluate
+
+    evaluate(args.photos, weights=args.weights, qualities=args.qualities)
+    return OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vaestream",
+        description="Photo archives several times smaller, with every photo still at hand.",
+        epilog="Exit codes: 0 all is well, 1 error, 2 wrong usage, 3 some rows carry errors.",
+    )
+    parser.add_argument("--version", action="version", version=f"vaestream {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _compress_arguments(commands.add_parser("compress", help="compress photos into an archive"))
+    _archive_arguments(
+        commands.add_parser("ls", help="list an archive's rows, as JSON lines with --json"), ls
+    )
+    _archive_arguments(commands.add_parser("info", help="what an archive holds"), info)
+    _archive_arguments(commands.add_parser("verify", help="find damage in an archive"), verify)
+    _extract_arguments(commands.add_parser("extract", help="write photos back to files"))
+    _train_arguments(commands.add_parser("train", help="train a model on photos"))
+    _evaluate_arguments(commands.add_parser("evaluate", help="measure rate and distortion"))
+    return parser
+
+
+def _compress_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("sources", nargs="+", metavar="SRC", help="file, folder (recursive), glob or fsspec URL")
+    add("destination", metavar="DST", help="folder or fsspec URL of the archive")
+    rate = parser.add_mutually_exclusive_group()
+    rate.add_argument("--quality", type=float, metavar="Q", help="0 to 100 (default 50)")
+    rate.add_argument("--target-bpp", type=float, metavar="B", help="bits per pixel of each photo")
+    rate.add_argument("--target-psnr", type=float, metavar="D", help="dB of each photo")
+    add("--min-psnr", type=float, metavar="D", help="keep the source of photos below (see docs)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--workers", type=int, metavar="N", help="default: one a CPU, or four a GPU")
+    add("--gpus-per-worker", type=float, metavar="F", help="share of a GPU (default 0.25)")
+    add("--shard-images", type=int, default=256, metavar="N", help="objects a part at most (256)")
+    add("--verify", choices=("none", "sample", "all"), default="sample")
+    add("--include", action="append", default=[], metavar="GLOB", help="take only these")
+    add("--exclude", action="append", default=[], metavar="GLOB", help="leave these out")
+    add("--address", metavar="RAY", help="Ray cluster; default: RAY_ADDRESS, or a local Ray")
+    add("--overwrite", action="store_true", help="replace an archive with other settings")
+    add("--weights", metavar="W", help="model other than the shipped one, a path or URL")
+    add("--max-pixels", type=int, default=256_000_000, metavar="N", help="refuse larger pictures")
+    add("--max-object-bytes", type=int, default=1 << 30, metavar="N", help="refuse larger objects")
+    add("--json", action="store_true", help="the summary as JSON")
+    _storage_argument(parser)
+    parser.set_defaults(run=compress)
+
+
+def _archive_arguments(
+    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]
+) -> None:
+    parser.add_argument("archive", metavar="ARCHIVE")
+    parser.add_argument("--json", action="store_true")
+    _storage_argument(parser)
+    parser.set_defaults(run=run, device="cpu")
+
+
+def _extract_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("archive", metavar="ARCHIVE")
+    add("destination", metavar="DST")
+    add("keys", nargs="*", metavar="KEY", help="keys or shell patterns; all when none is given")
+    add(
+        "--format",
+        choices=("png", "jpeg", "webp", "source"),
+        help="of decoded photos (default png); source: as their sources. Kept sources come out "
+        "byte for byte",
+    )
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    _storage_argument(parser)
+    parser.set_defaults(run=extract)
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("photos", nargs="+", metavar="PHOTOS", help="files and folders")
+    add("--out", required=True, metavar="WEIGHTS", help="weights file to write")
+    add("--init", metavar="WEIGHTS", help="weights to begin with")
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--minutes", type=float, metavar="M")
+    length.add_argument("--steps", type=int, metavar="N")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.set_defaults(run=train)
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("photos", nargs="+", metavar="PHOTOS", help="files and folders")
+    add("--weights", metavar="W", help="default: the shipped ones")
+    add(
+        "--qualities",
+        type=_numbers,
+        default=[float(quality) for quality in range(5, 100, 10)],
+        metavar="Q,Q,...",
+        help="default 5,15,...,95",
+    )
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--json", action="store_true")
+    add("--plot", metavar="PNG", help="write the curve as a picture (needs the extra evaluate)")
+    parser.set_defaults(run=evaluate)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"no numbers with commas: {error}") from error
+
+
+def _storage_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--storage-options",
+        type=_json_object,
+        metavar="JSON",
+        help='for fsspec: {"endpoint_url": ...}, or by protocol: {"s3": {...}, "https": {...}}',
+    )
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("a JSON object is wanted")
+    return value
+
+
+def _open(args: argparse.Namespace) -> "Archive":
+    from vaestream.archive.reader import open_archive
+    from vaestream.pipeline.stores import options_for
+
+    options = options_for(args.archive, args.storage_options)
+    return open_archive(args.archive, device=args.device, storage_options=options)
+
+
+class _ProgressLine:
+    """One line that changes, on a terminal; in a log a line now and then."""
+
+    def __init__(self) -> None:
+        self._live = sys.stderr.isatty()
+        self._width = 0
+        self._last = -math.inf
+
+    def show(self, now: "Progress") -> None:
+        """Tell where the job stands."""
+        stats = now.stats
+        ratio = stats.source_bytes / stats.coded_bytes if stats.coded_bytes else 1.0
+        left = now.remaining_seconds
+        text = (
+            f"{now.done_objects}/{now.objects} photos  {now.megapixels_per_second:.1f} MP/s  "
+            f"ratio {ratio:.1f}  {_duration(left) if left is not None else '?'} left"
+        )
+        if self._live:
+            print(f"\r{text:{self._width}s}", end="", file=sys.stderr, flush=True)
+            self._width = len(text)
+        elif (
+            time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES or now.done_shards == now.shards
+        ):
+            print(text, file=sys.stderr, flush=True)
+            self._last = time.monotonic()
+
+    def end(self) -> None:
+        """Leave the terminal's line."""
+        if self._width:
+            print(file=sys.stderr)
+            self._width = 0
+
+
+def _told(summary: "Summary", destination: str) -> str:
+    lines = []
+    if summary.up_to_date:
+        lines.append(f"{destination}: nothing to do, all {summary.objects} objects are there")
+    lines.append(
+        f"{summary.objects} objects: {summary.photos} photos compressed, "
+        f"{sum(summary.kept.values())} kept as their source, "
+        f"{sum(summary.errors.values())} with errors"
+        + (f"; {summary.left_out} left out" if summary.left_out else "")
+    )
+    lines += [f"  kept: {reason}: {count}" for reason, count in summary.kept.items()]
+    lines += [f"  error: {reason}: {count}" for reason, count in summary.errors.items()]
+    ratio = f", {summary.ratio:.2f} times smaller" if summary.ratio else ""
+    lines.append(
+        f"{_size(summary.source_bytes)} -> {_size(summary.archive_bytes)}{ratio} "
+        f"(and the model: {_size(summary.model_bytes)})"
+    )
+    if summary.bpp is not None:
+        psnr = "" if summary.psnr is None else f", {summary.psnr:.2f} dB PSNR"
+        lines.append(f"compressed photos: {summary.bpp:.3f} bits per pixel{psnr}")
+    if summary.megapixels_per_second is not None:
+        lines.append(
+            f"{summary.megapixels:.1f} MP in {_duration(summary.seconds)} "
+            f"({summary.megapixels_per_second:.2f} MP/s)"
+        )
+    return "\n".join(lines)
+
+
+def _row_line(row: "RowInfo") -> str:
+    size = f"{row.width}x{row.height}" if row.width else "-"
+    told = row.reason or ""
+    if row.error is not None:
+        told = f"error: {row.error}"
+    elif row.codec == "vae":
+        psnr = "" if row.psnr is None else f"{row.psnr:.2f} dB, "
+        told = f"{psnr}quality {row.quality:.0f}"
+    return (
+        f"{row.codec:6s} {size:>11s} {row.num_bytes:>11d} {row.source_size:>11d}  {row.key}  {told}"
+    )
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Without what JSON has no word for: times as ISO 8601, an infinite PSNR as the text "inf"."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, datetime):
+            return value.isoformat()
+        return "inf" if isinstance(value, float) and math.isinf(value) else value
+
+    return {name: plain(value) for name, value in values.items()}
+
+
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} TB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Within the block SIGTERM raises `_Terminated`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _complain(message: str) -> int:
+    print(f"vaestream: error: {message}", file=sys.stderr)
+    return ERROR
+
+
+def _stopped(args: argparse.Namespace, code: int) -> int:
+    more = "; run the same command again to go on" if args.run in (compress, train) else ""
+    print(f"vaestream: stopped{more}", file=sys.stderr)
+    return code

@@ -1,0 +1,210 @@
+"""Photos out of an archive into files, in any store."""
+
+import io
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from fsspec.implementations.local import LocalFileSystem
+
+from vaestream import images
+from vaestream.archive.reader import Archive
+from vaestream.archive.schema import RowInfo
+from vaestream.archive.storage import join, put_bytes
+from vaestream.errors import ArchiveError, VaestreamError
+from vaestream.pipeline.plan import safe_key
+from vaestream.pipeline.stores import store_of
+
+Format = Literal["png", "jpeg", "webp", "source"]
+
+_ENDINGS: dict[str, tuple[str, ...]] = {
+    "png": (".png",),
+    "jpeg": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "webp": (".webp",),
+}
+_BATCH_PIXELS = 32_000_000
+_BATCH_BYTES = 64 << 20
+_BATCH_ROWS = 64
+
+
+@dataclass(slots=True)
+class Extracted:
+    """What became of the rows: decoded and written, source bytes written as they are (those of
+    broken objects too), and the key and reason of each that could not be written."""
+
+    decoded: int = 0
+    verbatim: int = 0
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def extract(
+    archive: Archive,
+    destination: str,
+    keys: Sequence[str] = (),
+    *,
+    format: Format | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    progress: Callable[[Extracted], None] | None = None,
+) -> Extracted:
+    """Write photos to files below `destination`, a folder or URL; all of them where no keys are
+    given. A key that is not in the archive may be a shell pattern (`*` also matches slashes).
+
+    Objects that the archive keeps as their source come out byte for byte under their own name.
+    Compressed photos come out in `format`, png when nothing is said; "source" is the format that
+    the photo's source had, where that is one of the three, and png otherwise. Their name gets the
+    format's ending in place of its own, or behind it where another object of the archive would
+    have the same name then. EXIF, XMP and ICC go along; on a local disk the time of modification
+    too. Each file is written whole or not at all, and none outside `destination`: names that point
+    elsewhere are written as `plan.safe_key` has it.
+
+    Errors: ArchiveError for a key that is not there, and for a destination that cannot be written;
+    what is wrong with single rows is in the result.
+    """
+    fs, root = store_of(destination, storage_options)
+    names = _Names(archive, format)
+    result = Extracted()
+    for batch in _batches(archive, _chosen(archive, keys)):
+        _extract_batch(archive, batch, names, fs, root, result)
+        if progress is not None:
+            progress(result)
+    return result
+
+
+class _Names:
+    """File names of rows, without two alike."""
+
+    def __init__(self, archive: Archive, format: Format | None) -> None:
+        self._format = format
+        self._taken: Counter[str] | None = None
+        self._archive = archive
+
+    def format_of(self, row: RowInfo) -> Literal["png", "jpeg", "webp"]:
+        """The format of a compressed photo's file."""
+        if self._format in (None, "source"):
+            source = (row.source_format or "").lower() if self._format else ""
+            return source if source in ("jpeg", "webp") else "png"  # type: ignore[return-value]
+        return self._format  # type: ignore[return-value]
+
+    def of(self, row: RowInfo) -> str:
+        """The path below the destination."""
+        path = safe_key(row.key)
+        if row.codec == "source" or row.error is not None:
+            return path
+        endings = _ENDINGS[self.format_of(row)]
+        if path.lower().endswith(endings):
+            return path
+        short = _stem(path) + endings[0]
+        return short if self._count(_stem(path)) == 1 else path + endings[0]
+
+    def _count(self, stem: str) -> int:
+        if self._taken is None:
+            self._taken = Counter(_stem(safe_key(key)) for key in self._archive)
+        return self._taken[stem]
+
+
+def _stem(path: str) -> str:
+    """Without the ending, unless it is too long or odd to be one."""
+    stem, ending = os.path.splitext(path)
+    return stem if len(ending) <= 6 and ending[1:].isalnum() else path
+
+
+def _chosen(archive: Archive, keys: Sequence[str]) -> list[str]:
+    if not keys:
+        return list(archive)
+    chosen: dict[str, None] = {}
+    for key in keys:
+        matches = [key] if key in archive else [one for one in archive if fnmatchcase(one, key)]
+        if not matches:
+            raise ArchiveError(f"{archive.url}: no photo {key!r}")
+        chosen.update(dict.fromkeys(matches))
+    return list(chosen)
+
+
+def _batches(archive: Archive, keys: Sequence[str]) -> Iterator[list[RowInfo]]:
+    """Rows that fit into memory together: read in one go, decoded in one go."""
+    batch: list[RowInfo] = []
+    pixels = size = 0
+    for key in keys:
+        row = archive.row(key)
+        more = (row.width or 0) * (row.height or 0) if row.codec == "vae" else 0
+        full = pixels + more > _BATCH_PIXELS or size + row.num_bytes > _BATCH_BYTES
+        if batch and (full or len(batch) == _BATCH_ROWS):
+            yield batch
+            batch, pixels, size = [], 0, 0
+        batch.append(row)
+        pixels += more
+        size += row.num_bytes
+    if batch:
+        yield batch
+
+
+def _extract_batch(
+    archive: Archive,
+    batch: Sequence[RowInfo],
+    names: _Names,
+    fs: Any,
+    root: str,
+    result: Extracted,
+) -> None:
+    for row, data in _contents(archive, batch, names, result):
+        if row.error is not None and row.num_bytes < row.source_size:
+            result.failures[row.key] = row.error
+            continue
+        name = names.of(row)
+        try:
+            path = _place(fs, root, name)
+            put_bytes(fs, path, data)
+            if isinstance(fs, LocalFileSystem) and row.source_mtime is not None:
+                stamp = row.source_mtime.timestamp()
+                os.utime(path, (stamp, stamp))
+        except (ArchiveError, OSError, ValueError) as error:
+            # A name the store does not take, or a file where a folder must be: only this row's.
+            result.failures[row.key] = str(error)
+            continue
+        if row.codec == "vae":
+            result.decoded += 1
+        else:
+            result.verbatim += 1
+
+
+def _contents(
+    archive: Archive, batch: Sequence[RowInfo], names: _Names, result: Extracted
+) -> Iterator[tuple[RowInfo, bytes]]:
+    """Rows with the bytes of their files; damaged ones go to the failures."""
+    coded = [row for row in batch if row.codec == "vae"]
+    plain = [row for row in batch if row.codec != "vae"]
+    try:
+        blobs = archive.blobs([row.key for row in plain])
+        pixels = archive.read([row.key for row in coded])
+        extras = archive.payloads([row.key for row in coded])
+    except VaestreamError as error:
+        if len(batch) == 1:
+            result.failures[batch[0].key] = str(error)
+            return
+        for row in batch:
+            yield from _contents(archive, [row], names, result)
+        return
+    yield from zip(plain, blobs, strict=True)
+    for row, array, extra in zip(coded, pixels, extras, strict=True):
+        file = io.BytesIO()
+        try:
+            images.save(
+                array, file, names.format_of(row), exif=extra.exif, xmp=extra.xmp, icc=extra.icc
+            )
+        except (OSError, ValueError) as error:
+            result.failures[row.key] = f"cannot be written as {names.format_of(row)}: {error}"
+            continue
+        yield row, file.getvalue()
+
+
+def _place(fs: Any, root: str, name: str) -> str:
+    path = join(root, name)
+    if isinstance(fs, LocalFileSystem):
+        # A link below the destination may lead out of it.
+        folder, inside = os.path.realpath(root), os.path.realpath(os.path.dirname(path))
+        if inside != folder and not inside.startswith(folder.rstrip("/") + "/"):
+            raise ArchiveError(f"{path}: leads out of {root}")
+    return path

@@ -5,6 +5,7 @@ covers the footer; nothing is left over. A blob's own SHA-256 tells which photo 
 """
 
 import hashlib
+import io
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ from typing import BinaryIO, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vaestream.archive.layout import MAGIC, Footer, PageHeader, column_indices, parse_page_header
+from vaestream.archive.layout import MAGIC, Footer, column_indices, parse_page_header
+from vaestream.archive.storage import RangeFile
 
 What = Literal["photo", "column", "footer", "index", "manifest", "model", "missing"]
 
 BLOB_COLUMN = "image.bytes"
+_PLAIN, _RLE_DICTIONARY = 0, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,7 @@ class Expected:
 
 
 def check_body(
-    file: BinaryIO,
+    file: BinaryIO | io.BufferedReader,
     footer: Footer,
     part: str,
     expected: Sequence[Sequence[Expected]] | None,
@@ -97,10 +100,14 @@ def _chunk_fault(data: bytes, chunk: pq.ColumnChunkMetaData) -> str | None:
         except ValueError:
             return "the page header is damaged"
         page = data[at + header.length : at + header.length + header.size]
-        if header.kind != kind or not header.canonical or not _encoding_fits(header):
+        # Values are PLAIN, but for the indices into a dictionary, itself PLAIN.
+        encoding = _RLE_DICTIONARY if chunk.has_dictionary_page and kind == 0 else _PLAIN
+        if header.kind != kind or header.encoding != encoding or not header.canonical:
             return "the page header is damaged"
         if len(page) != header.size or zlib.crc32(page) != header.crc:
             return "the page's checksum does not fit"
+        if kind == 2 and header.num_values != _count_values(page):
+            return "the page header does not fit the dictionary"
         at += header.length + header.size
         raw += header.length + header.uncompressed_size
         values = header.num_values
@@ -109,9 +116,13 @@ def _chunk_fault(data: bytes, chunk: pq.ColumnChunkMetaData) -> str | None:
     return None
 
 
-def _encoding_fits(header: PageHeader) -> bool:
-    """Dictionaries and values are PLAIN (0) but for the indices into a dictionary (8)."""
-    return header.encoding in ((0,) if header.kind == 2 else (0, 8))
+def _count_values(page: bytes) -> int:
+    """Number of PLAIN byte arrays in an uncompressed page."""
+    count, at = 0, 0
+    while at < len(page):
+        at += 4 + int.from_bytes(page[at : at + 4], "little")
+        count += 1
+    return count
 
 
 def _check_blobs(
@@ -133,7 +144,7 @@ def _check_blobs(
     return problems
 
 
-def expected_rows(file: BinaryIO, footer: Footer) -> list[list[Expected]]:
+def expected_rows(file: BinaryIO | RangeFile, footer: Footer) -> list[list[Expected]]:
     """The rows of each row group as the part itself has them. Raises OSError, ArrowException."""
     parquet = pq.ParquetFile(file, metadata=footer.metadata, page_checksum_verification=True)
     groups = []

@@ -28,6 +28,7 @@ INFO_KEY = b"vaestream"
 NO_DIGEST = "0" * 64
 _DIGEST = re.compile(rb'"footer_sha256": "([0-9a-f]{64})"')
 
+_RLE = 3
 _TAIL_BYTES = 1 << 16
 _MAX_PAGE_HEADER = 64
 
@@ -137,7 +138,9 @@ def plain_offsets(
         or head <= 0
     ):
         return None
-    if leaf.max_definition_level == 0 and head not in _one_page_header(total, len(sizes)):
+    if not lengths.null_count and head not in _one_page_heads(
+        total, len(sizes), leaf.max_definition_level
+    ):
         return None
     end = chunk.data_page_offset + chunk.total_compressed_size
     starts = end - total + np.concatenate([[0], np.cumsum(steps)[:-1]]) + 4
@@ -174,14 +177,20 @@ def dictionary_offsets(
     return np.where(present, starts[np.nan_to_num(codes).astype(np.int64)], -1).astype(np.int64)
 
 
-def _one_page_header(data_size: int, num_values: int) -> set[int]:
-    """Lengths that the header of a single version 1 data page without statistics can have.
+def _one_page_heads(data_size: int, num_values: int, max_definition_level: int) -> set[int]:
+    """Bytes that can stand before the values of a single version 1 data page without nulls.
 
-    Left open: a CRC (2 to 6 bytes) and an empty statistics struct (2). Two pages have headers of
-    at least 29 + 2 * _varint_length(data_size) bytes together, which is more than the largest
-    length here, so the sizes alone tell one page from several.
+    These are a header without statistics and, in a nullable column, the definition levels: their
+    length (4 bytes) and one run. Left open in the header: a CRC (2 to 6 bytes) and an empty
+    statistics struct (2). The heads of two pages take more than the largest of these together, so
+    the sizes alone tell one page from several.
     """
-    base = 14 + 2 * _varint_length(data_size) + _varint_length(num_values)
+    levels = 0
+    if max_definition_level:
+        # One repeated run, or for fewer than 8 values one bit-packed group.
+        width = max_definition_level.bit_length()
+        levels = 4 + (_varint_length(num_values) + 1 if num_values >= 8 else 1 + width)
+    base = 14 + 2 * _varint_length(data_size + levels) + _varint_length(num_values) + levels
     return {base + crc + statistics for crc in (0, 2, 3, 4, 5, 6) for statistics in (0, 2)}
 
 
@@ -220,6 +229,8 @@ def parse_page_header(data: bytes) -> PageHeader:
         values, length = _struct(data, 0)
         kind, crc = values[1], values[4] & 0xFFFFFFFF
         inner = values[5 if kind == 0 else 7]
+        if not isinstance(inner, dict):
+            raise ValueError("no page header")
         header = _struct_bytes(
             [(1, kind), (2, values[2]), (3, values[3]), (4, values[4])]
         ) + _inner_bytes(kind, inner)
@@ -234,7 +245,8 @@ def _inner_bytes(kind: int, inner: dict[int, Any]) -> bytes:
     """The kind's own struct and the stops of both, as pyarrow writes them."""
     if kind == 0:  # DataPageHeader is field 5, one after the CRC; its statistics are empty
         empty = b"\x1c\0" if inner.get(5) == {} else b""
-        return b"\x1c" + _struct_bytes([(i, inner[i]) for i in (1, 2, 3, 4)]) + empty + b"\0\0"
+        levels = [(3, _RLE), (4, _RLE)]  # the encoding of definition and repetition levels
+        return b"\x1c" + _struct_bytes([(1, inner[1]), (2, inner[2]), *levels]) + empty + b"\0\0"
     # DictionaryPageHeader is field 7, three after the CRC; is_sorted is false
     return b"\x3c" + _struct_bytes([(i, inner[i]) for i in (1, 2)]) + b"\x12" + b"\0\0"
 

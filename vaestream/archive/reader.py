@@ -72,8 +72,8 @@ class Archive:
     read is checked against its SHA-256 before it is decoded. Reading is safe from several threads,
     from forked processes, and in others that get the archive pickled.
 
-    url, storage_options: as they were given. manifest: what the archive is made of. index: the table of
-    docs/archive-format.md, rows ascending by key.
+    url, storage_options: as they were given. manifest: what the archive is made of.
+    index: the table of docs/archive-format.md, rows ascending by key.
     """
 
     def __init__(
@@ -286,7 +286,13 @@ class Archive:
         unique = sorted(set(places))
         columns = ["part", "key", "sha256", "offset", "length", "metadata_crc32"]
         columns += [f"{name}_{what}" for name in _PAYLOADS for what in ("offset", "length")]
-        rows = dict(zip(unique, self.index.select(columns).take(unique).to_pylist(), strict=True))
+        rows = dict(
+            zip(
+                unique,
+                self.index.select(columns).take(pa.array(unique, pa.int64())).to_pylist(),
+                strict=True,
+            )
+        )
         wanted: dict[tuple[int, str], _Span] = {}
         for at, row in rows.items():
             path = join(self._root, row["part"])

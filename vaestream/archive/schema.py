@@ -101,14 +101,9 @@ def _column(name: str, kind: pa.DataType, feature: str, *, nullable: bool = True
 
 _IMAGE = pa.field(
     "image",
-    # Not nullable, struct and leaf: then a page holds values only, without definition levels.
-    pa.struct(
-        [
-            pa.field("bytes", pa.binary(), nullable=False),
-            pa.field("path", pa.string(), nullable=False),
-        ]
-    ),
-    nullable=False,
+    # Hugging Face knows an image by this very type, nullable fields and all. None of them is ever
+    # null here, so the definition levels in front of a page's values are one short run.
+    pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())]),
 )
 
 _COLUMNS = [

@@ -1,0 +1,290 @@
+"""Reading: one photo is one ranged read; what comes back is what went in."""
+
+import io
+import multiprocessing
+import os
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from archive_samples import byte_rows, commit, photo_rows, pixels, png, row, stand_in
+from fsspec.implementations.local import LocalFileSystem
+from PIL import Image
+
+from vaestream.archive.reader import open_archive
+from vaestream.archive.verify import verify
+from vaestream.errors import ArchiveError, DamagedArchiveError
+
+__all__ = ["stand_in"]
+
+
+class CountingFile:
+    """A file that tells its file system of each read."""
+
+    def __init__(self, file: Any, reads: list[tuple[str, int]], path: str) -> None:
+        self.file, self.reads, self.path = file, reads, path
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.file.read(size)
+        self.reads.append((self.path, len(data)))
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def __enter__(self) -> "CountingFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+class CountingFileSystem(LocalFileSystem):
+    """Local files, each read counted, whichever of fsspec's ways it takes."""
+
+    protocol = "counting"
+    reads: list[tuple[str, int]] = []  # noqa: RUF012
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.removeprefix("counting://"))
+
+    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+        file = super()._open(path, mode, **kwargs)
+        return CountingFile(file, self.reads, path) if mode == "rb" else file
+
+
+@pytest.fixture
+def reads():
+    fsspec.register_implementation("counting", CountingFileSystem, clobber=True)
+    CountingFileSystem.reads.clear()
+    return CountingFileSystem.reads
+
+
+def test_one_photo_of_a_thousand_is_one_ranged_read(tmp_path, reads):
+    rows = list(byte_rows(1000, size=6000))
+    commit(str(tmp_path), {"a": rows}, row_group_bytes=1 << 20)
+    archive = open_archive(f"counting://{tmp_path}")
+    opened = {os.path.basename(path) for path, _ in reads}
+    assert opened == {"manifest.json", "index.parquet"}
+    for wanted in (rows[0], rows[517], rows[999]):
+        reads.clear()
+        assert archive.blob(wanted.key) == wanted.data
+        assert [length for _, length in reads] == [len(wanted.data)]
+
+
+def test_a_photo_costs_its_bytes_and_its_metadata(tmp_path, reads, stand_in):
+    rows = list(photo_rows(200))
+    commit(str(tmp_path), {"a": rows})
+    archive = open_archive(f"counting://{tmp_path}")
+    assert archive.codec
+    for wanted in rows[:16]:
+        reads.clear()
+        archive[wanted.key]
+        values = [v for v in (wanted.data, wanted.exif, wanted.xmp, wanted.icc) if v]
+        assert sum(length for _, length in reads) == sum(map(len, values))
+        assert len(reads) == len(values)
+
+
+def test_neighbours_share_a_read(tmp_path, reads):
+    rows = list(byte_rows(300))
+    commit(str(tmp_path), {"a": rows})
+    archive = open_archive(f"counting://{tmp_path}")
+    reads.clear()
+    assert archive.blobs([row.key for row in rows]) == [row.data for row in rows]
+    assert len(reads) == 1
+
+
+def test_keys_are_a_set_in_order(tmp_path):
+    first, second = list(byte_rows(20, prefix="b")), list(byte_rows(20, prefix="a"))
+    commit(str(tmp_path), {"a": first, "b": [*second, row("é", b"1"), row("日本", b"2")]})
+    archive = open_archive(str(tmp_path))
+    assert len(archive) == 42
+    assert list(archive) == archive.keys() == sorted(archive.keys())
+    assert "é" in archive and "日本" in archive
+    assert "a" not in archive and "" not in archive and 3 not in archive
+    with pytest.raises(ArchiveError, match="no photo 'nowhere'"):
+        archive.blob("nowhere")
+
+
+def test_blobs_come_in_the_order_asked_for(tmp_path):
+    rows = list(byte_rows(50))
+    commit(str(tmp_path), {"a": rows[::2], "b": rows[1::2]}, row_group_bytes=20_000)
+    archive = open_archive(str(tmp_path))
+    wanted = [rows[i] for i in (7, 3, 49, 3, 0, 8, 7)]
+    assert archive.blobs([row.key for row in wanted]) == [row.data for row in wanted]
+    assert archive.blobs([]) == []
+
+
+def test_memory_store(stand_in, tmp_path):
+    url = f"memory://{tmp_path.name}/archive"
+    rows = list(photo_rows(10))
+    commit(url, {"a": rows})
+    archive = open_archive(url)
+    assert archive.blobs([row.key for row in rows]) == [row.data for row in rows]
+    assert archive[rows[1].key].info["icc_profile"] == rows[1].icc
+    assert verify(url) == []
+
+
+def test_photos_come_back_with_their_metadata(tmp_path, stand_in):
+    rows = list(photo_rows(12))
+    commit(str(tmp_path), {"a": rows})
+    archive = open_archive(str(tmp_path))
+    for i, kept in enumerate(rows):
+        image = archive[kept.key]
+        assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(kept.data))))
+        assert image.mode == ("L" if i % 7 == 3 else "RGB")
+        assert image.info.get("exif") == kept.exif
+        assert image.info.get("icc_profile") == kept.icc
+    extras = archive.payloads([row.key for row in rows])
+    assert [(e.exif, e.xmp, e.icc) for e in extras] == [(r.exif, r.xmp, r.icc) for r in rows]
+
+
+def test_read_gives_arrays_of_bitstreams_and_sources_alike(tmp_path, stand_in):
+    color, gray, seen = pixels(1), pixels(2, (5, 6)), pixels(3, (4, 4, 4))
+    deep = Image.fromarray(np.full((3, 3), 40_000, np.uint16))
+    deep_file = io.BytesIO()
+    deep.save(deep_file, "PNG")
+    turned = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(color).save(turned, "PNG", exif=exif)
+    commit(
+        str(tmp_path),
+        {
+            "a": [
+                row("1", png(color), codec="vae"),
+                row("2", png(gray), codec="vae"),
+                row("3", png(gray), reason="smaller than 32x32"),
+                row("4", png(seen), reason="alpha channel"),
+                row("5", deep_file.getvalue(), reason="16 bits per channel"),
+                row("6", turned.getvalue(), reason="smaller than 32x32"),
+            ]
+        },
+    )
+    archive = open_archive(str(tmp_path))
+    got = archive.read(["3", "1", "2", "4", "5", "6", "1"])
+    assert all(array.dtype == np.uint8 for array in got)
+    assert np.array_equal(got[0], gray) and np.array_equal(got[2], gray)
+    assert np.array_equal(got[1], color) and np.array_equal(got[6], color)
+    alpha = seen[..., 3:].astype(float) / 255
+    assert np.abs(got[3] - (seen[..., :3] * alpha + 255 * (1 - alpha))).max() <= 1
+    assert (got[4] == 40_000 >> 8).all()
+    assert np.array_equal(got[5], np.rot90(color, -1))
+
+
+def test_rows_that_are_no_photo_say_why(tmp_path, stand_in):
+    commit(
+        str(tmp_path),
+        {
+            "a": [
+                row("broken.jpg", b"\xff\xd8", error="truncated after 2 bytes"),
+                row("notes.txt", b"hello", reason="not a format this reader knows"),
+            ]
+        },
+    )
+    archive = open_archive(str(tmp_path))
+    for get in (archive.__getitem__, lambda key: archive.read([key])):
+        with pytest.raises(ArchiveError, match=r"broken.jpg: truncated after 2 bytes"):
+            get("broken.jpg")
+        with pytest.raises(ArchiveError, match=r"notes.txt.*not a format this reader knows"):
+            get("notes.txt")
+    assert archive.blob("notes.txt") == b"hello"
+
+
+def test_row_and_rows_tell_all_but_the_bytes(tmp_path):
+    first, second = list(photo_rows(30)), list(byte_rows(9, prefix="1"))
+    commit(str(tmp_path), {"a": first, "b": second}, row_group_bytes=4000)
+    archive = open_archive(str(tmp_path))
+    infos = list(archive.rows())
+    assert [info.key for info in infos] == archive.keys()
+    assert archive.row(first[4].key) in infos
+    for kept in first + second:
+        info = archive.row(kept.key)
+        for name in ("codec", "width", "psnr", "source_mtime", "source_etag", "reason", "error"):
+            assert getattr(info, name) == getattr(kept, name)
+        assert info.num_bytes == len(kept.data)
+        assert info.exif_num_bytes == (None if kept.exif is None else len(kept.exif))
+
+
+def test_threads_pickles_and_forks(tmp_path):
+    rows = list(byte_rows(100))
+    commit(str(tmp_path), {"a": rows}, row_group_bytes=50_000)
+    archive = open_archive(str(tmp_path))
+    keys = [row.key for row in rows]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(archive.blob, keys)) == [row.data for row in rows]
+        assert len(set(pool.map(lambda key: archive.row(key).sha256, keys))) == 100
+    assert pickle.loads(pickle.dumps(archive)).blobs(keys) == [row.data for row in rows]
+    context = multiprocessing.get_context("fork")
+    with context.Pool(1) as processes:
+        assert processes.map(archive.blob, keys[:3]) == [row.data for row in rows[:3]]
+
+
+@pytest.mark.parametrize("compression", ["snappy", "none"])
+def test_a_part_that_another_tool_has_rewritten_still_reads(tmp_path, stand_in, compression):
+    rows = list(photo_rows(40))
+    commit(str(tmp_path), {"a": rows, "b": list(byte_rows(5))})
+    path = tmp_path / "part-a.parquet"
+    table = pq.read_table(path).sort_by([("key", "descending")])
+    pq.write_table(table, path, compression=compression, row_group_size=7)
+    archive = open_archive(str(tmp_path))
+    assert archive.blobs([row.key for row in rows]) == [row.data for row in rows]
+    assert archive[rows[1].key].info["exif"] == rows[1].exif
+    assert archive.row(rows[2].key).psnr == rows[2].psnr
+    problems = verify(str(tmp_path))
+    assert [(p.part, p.what, p.row_key) for p in problems] == [("part-a.parquet", "footer", None)]
+    assert "another tool" in problems[0].detail
+
+
+def test_a_rewritten_part_with_other_photos_is_refused(tmp_path):
+    commit(str(tmp_path), {"a": list(byte_rows(5))})
+    path = tmp_path / "part-a.parquet"
+    table = pq.read_table(path)
+    swapped = table.set_column(0, "key", table["key"].take([1, 0, 2, 3, 4]))
+    pq.write_table(swapped, path)
+    archive = open_archive(str(tmp_path))
+    with pytest.raises(DamagedArchiveError, match=r"part-a.parquet: photo k/00000"):
+        archive.blob("k/00000")
+    assert archive.blob("k/00002")
+
+
+def test_a_lost_index_is_made_from_the_parts(tmp_path):
+    rows = list(byte_rows(20))
+    commit(str(tmp_path), {"a": rows[:9], "b": rows[9:]})
+    (tmp_path / "index.parquet").unlink()
+    archive = open_archive(str(tmp_path))
+    assert archive.blobs([row.key for row in rows]) == [row.data for row in rows]
+
+
+def test_what_is_not_there_is_named(tmp_path, stand_in):
+    with pytest.raises(ArchiveError, match="no archive there"):
+        open_archive(str(tmp_path))
+    with pytest.raises(ArchiveError, match="no archive there"):
+        open_archive(str(tmp_path / "nowhere"))
+    commit(str(tmp_path), {"a": list(photo_rows(3))})
+    archive = open_archive(str(tmp_path))
+    key = archive.keys()[0]
+    (model,) = (tmp_path / "models").iterdir()
+    model.write_bytes(b"other")
+    with pytest.raises(DamagedArchiveError, match=model.name):
+        archive[key]
+    model.unlink()
+    with pytest.raises(DamagedArchiveError, match="the model is missing"):
+        archive[key]
+    (tmp_path / "part-a.parquet").unlink()
+    with pytest.raises(DamagedArchiveError, match=r"part-a.parquet: the part is missing"):
+        archive.blob(key)
+
+
+def test_no_message_shows_a_storage_option(tmp_path):
+    with pytest.raises(ArchiveError) as caught:
+        open_archive("nosuchstore://bucket/archive", storage_options={"secret": "hunter2"})
+    assert "hunter2" not in str(caught.value) + repr(caught.value.__cause__)
+    commit(str(tmp_path), {"a": []})
+    archive = open_archive(str(tmp_path), storage_options={"auto_mkdir": True})
+    assert "auto_mkdir" not in repr(archive)

@@ -1,0 +1,244 @@
+"""Sources to objects to shards: nothing is lost, nothing is there twice, names stay the same."""
+
+import functools
+import http.server
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vaestream.errors import SourceError
+from vaestream.pipeline.plan import Listing, Shard, list_sources, make_shards, safe_key
+from vaestream.pipeline.stores import options_for
+
+
+def write(root: Path, *names: str) -> Path:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    return root
+
+
+def keys(listing: Listing) -> list[str]:
+    return [item.key for item in listing.objects]
+
+
+def cut(listing: Listing, images: int = 2, max_bytes: int = 1 << 30) -> list[Shard]:
+    settings = {"quality": 50.0}
+    return make_shards(
+        listing.objects, settings=settings, model_id="m", images=images, max_bytes=max_bytes
+    )
+
+
+def test_every_file_below_a_folder_is_listed_once_in_order(tmp_path: Path) -> None:
+    write(tmp_path, "b.jpg", "a/x.png", "a/.hidden", ".dot/y", "a/b/c/deep.tif", "empty")
+    listing = list_sources([str(tmp_path)])
+    assert keys(listing) == [".dot/y", "a/.hidden", "a/b/c/deep.tif", "a/x.png", "b.jpg", "empty"]
+    assert [item.version.size for item in listing.objects] == [
+        len(item.key) for item in listing.objects
+    ]
+    assert all(item.version.mtime is not None for item in listing.objects)
+    assert listing.size == sum(map(len, keys(listing)))
+
+
+@pytest.mark.parametrize("name", ["a::b.jpg", "s3:odd.jpg", "x [1]?*#.jpg", "ü ä.jpg", "a\nb"])
+def test_odd_names_stay_as_they_are_and_can_be_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"12")
+    for source in (tmp_path, tmp_path / name):
+        (item,) = (listing := list_sources([str(source)])).objects
+        assert item.key == name
+        assert listing.stores[item.store].cat_file(item.path) == b"12"
+
+
+def test_names_that_are_not_utf8_get_an_escaped_key_and_can_be_read(tmp_path: Path) -> None:
+    raw = os.fsencode(tmp_path) + b"/caf\xe9.jpg"
+    Path(os.fsdecode(raw)).write_bytes(b"1")
+    (item,) = (listing := list_sources([str(tmp_path)])).objects
+    assert item.key == "caf%E9.jpg"
+    assert item.url.encode().endswith(b"caf%E9.jpg")
+    assert listing.stores[0].cat_file(item.path) == b"1"
+    assert cut(listing)
+
+
+@pytest.mark.parametrize(
+    ("relative", "key"),
+    [
+        ("a/b.jpg", "a/b.jpg"),
+        ("../up.jpg", "%2E%2E/up.jpg"),
+        ("/etc/passwd", "%2F/etc/passwd"),
+        ("a//b", "a/%2F/b"),
+        ("./a..b", "%2E/a..b"),
+    ],
+)
+def test_a_key_cannot_lead_out_of_a_folder(relative: str, key: str) -> None:
+    assert safe_key(relative) == key
+
+
+def test_links_to_files_count_links_to_folders_and_pipes_do_not(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", "real.jpg")
+    other = write(tmp_path / "other", "elsewhere.jpg")
+    (source / "link.jpg").symlink_to(other / "elsewhere.jpg")
+    (source / "dead.jpg").symlink_to(tmp_path / "gone.jpg")
+    (source / "circle").symlink_to(source)
+    os.mkfifo(source / "pipe")
+    listing = list_sources([str(source)])
+    assert keys(listing) == ["dead.jpg", "link.jpg", "real.jpg"]
+    assert listing.objects[1].version.size == len("elsewhere.jpg")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_folder_that_may_not_be_read_is_an_error(tmp_path: Path) -> None:
+    write(tmp_path, "a/x.jpg")
+    (tmp_path / "a").chmod(0)
+    with pytest.raises(SourceError, match="cannot be listed"):
+        list_sources([str(tmp_path)])
+
+
+def test_globs_and_files(tmp_path: Path) -> None:
+    write(tmp_path, "2019/a.jpg", "2020/b.jpg", "2020/c.png", "2021/sub/d.jpg")
+    assert keys(list_sources([str(tmp_path / "20*/*.jpg")])) == ["2019/a.jpg", "2020/b.jpg"]
+    assert keys(list_sources([str(tmp_path / "202*")])) == [
+        "2020/b.jpg",
+        "2020/c.png",
+        "2021/sub/d.jpg",
+    ]
+    files = [str(tmp_path / name) for name in ("2020/c.png", "2019/a.jpg")]
+    assert keys(list_sources(files)) == ["a.jpg", "c.png"]
+
+
+def test_sources_that_share_keys_get_their_folders_names(tmp_path: Path) -> None:
+    one = write(tmp_path / "one", "x.jpg", "y.jpg")
+    two = write(tmp_path / "two", "x.jpg")
+    three = write(tmp_path / "three", "z.jpg")
+    listing = list_sources([str(one), str(two), str(three)])
+    assert keys(listing) == ["one/x.jpg", "one/y.jpg", "two/x.jpg", "z.jpg"]
+    again = write(tmp_path / "deep" / "one", "x.jpg")
+    with pytest.raises(SourceError, match=r"both be kept as 'one/x\.jpg'"):
+        list_sources([str(one), str(again)])
+
+
+def test_the_same_object_given_twice_counts_once(tmp_path: Path) -> None:
+    write(tmp_path, "x.jpg", "sub/y.jpg")
+    sources = [str(tmp_path), str(tmp_path / "x.jpg"), f"file://{tmp_path}/sub"]
+    assert keys(list_sources(sources)) == ["sub/y.jpg", "x.jpg"]
+
+
+def test_include_and_exclude(tmp_path: Path) -> None:
+    write(tmp_path, "2019/a.jpg", "2019/a.xmp", ".cache/t.jpg", "2020/b.JPG", "2020/raw/c.jpg")
+
+    def left(**patterns: list[str]) -> tuple[list[str], int]:
+        listing = list_sources([str(tmp_path)], **patterns)
+        return keys(listing), listing.left_out
+
+    assert left(include=["*.jpg"], exclude=[".*"]) == (["2019/a.jpg", "2020/raw/c.jpg"], 3)
+    assert left(include=["2020/*"]) == (["2020/b.JPG", "2020/raw/c.jpg"], 3)
+    assert left(exclude=["raw", "*.xmp", ".*"]) == (["2019/a.jpg", "2020/b.JPG"], 3)
+    with pytest.raises(SourceError, match="5 objects, all of them left out"):
+        left(include=["*.gif"])
+
+
+def test_the_destination_is_no_source(tmp_path: Path) -> None:
+    write(tmp_path, "x.jpg", "archive/part-1.parquet", "archive-of-mine/y.jpg")
+    link = tmp_path.parent / f"{tmp_path.name}-link"
+    link.symlink_to(tmp_path)
+    for destination in (tmp_path / "archive", link / "archive"):
+        listing = list_sources([str(tmp_path)], destination=str(destination))
+        assert keys(listing) == ["archive-of-mine/y.jpg", "x.jpg"]
+    with pytest.raises(SourceError, match="no objects"):
+        list_sources([str(tmp_path)], destination=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("memory://photos", "belongs to one process"),
+        ("nosuch://photos", "(?i)protocol not known"),
+        ("zip://a.jpg::file:///x.zip", "chained"),
+        ("/no/such/folder", "no such file"),
+        ("/no/such/*.jpg", "no file or folder matches"),
+    ],
+)
+def test_a_source_that_cannot_be_is_named_with_the_reason(source: str, reason: str) -> None:
+    with pytest.raises(SourceError, match=reason) as caught:
+        list_sources([source])
+    assert source in str(caught.value)
+
+
+def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no objects"):
+        list_sources([str(tmp_path)])
+
+
+def test_shards_are_bounded_by_number_and_bytes(tmp_path: Path) -> None:
+    for i, size in enumerate([10, 10, 10, 50, 1, 1, 1, 1]):
+        (tmp_path / f"{i}").write_bytes(bytes(size))
+    shards = cut(list_sources([str(tmp_path)]), images=3, max_bytes=25)
+    assert [[item.key for item in shard.objects] for shard in shards] == [
+        ["0", "1"],
+        ["2"],
+        ["3"],
+        ["4", "5", "6"],
+        ["7"],
+    ]
+
+
+def test_a_shards_name_follows_from_its_objects_settings_and_model_alone(tmp_path: Path) -> None:
+    write(tmp_path, "a", "b", "c")
+    before = [shard.part_id for shard in cut(list_sources([str(tmp_path)]))]
+    moved = tmp_path.with_name(tmp_path.name + "-moved")
+    tmp_path.rename(moved)
+    listing = list_sources([str(moved)])
+    assert [shard.part_id for shard in cut(listing)] == before
+    objects = listing.objects
+    others = [
+        make_shards(objects, settings={"quality": 51.0}, model_id="m", images=2),
+        make_shards(objects, settings={"quality": 50.0}, model_id="n", images=2),
+    ]
+    os.utime(moved / "a", (1, 1))
+    changed = [shard.part_id for shard in cut(list_sources([str(moved)]))]
+    assert changed[0] != before[0] and changed[1] == before[1]
+    names = {*before, changed[0], *(shard.part_id for other in others for shard in other)}
+    assert len(names) == 7
+
+
+def test_storage_options_go_to_the_stores_they_are_meant_for() -> None:
+    flat = {"client_kwargs": {"region_name": "x"}}
+    assert options_for("s3://bucket/a", flat) == flat
+    assert options_for("/local/a", flat) == {}
+    named = {"s3": {"anon": True}, "https": {}}
+    assert options_for("s3://bucket/a", named) == {"anon": True}
+    assert options_for("gs://bucket/a", named) == {}
+    assert options_for("https://host/a", named) == {}
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    """A real HTTP server over `tmp_path`."""
+    handler = functools.partial(_Quiet, directory=str(tmp_path))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_files_over_http(tmp_path: Path, web: str) -> None:
+    pytest.importorskip("aiohttp")
+    write(tmp_path, "a/x.jpg", "y z.jpg")
+    urls = [f"{web}/a/x.jpg?size=full", f"{web}/y%20z.jpg"]
+    listing = list_sources(urls)
+    assert keys(listing) == ["x.jpg", "y%20z.jpg"]
+    data = [listing.stores[item.store].cat_file(item.path) for item in listing.objects]
+    assert data == [b"a/x.jpg", b"y z.jpg"]
+    with pytest.raises(SourceError, match="no such file"):
+        list_sources([f"{web}/gone.jpg"])

@@ -1,5 +1,6 @@
 """Parts: exact byte ranges, the same bytes each time, whole or not there."""
 
+import hashlib
 import json
 import os
 import resource
@@ -219,6 +220,12 @@ def test_the_manifest_comes_back_and_later_versions_are_refused(tmp_path):
     path = tmp_path / "manifest.json"
     path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
     with pytest.raises(DamagedArchiveError, match="digest"):
+        read_manifest(LOCAL, root)
+    values = json.loads(path.read_text())
+    del values["sha256"]
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({**values, "sha256": digest}))
+    with pytest.raises(ArchiveError, match="format version 2.*a newer one is needed"):
         read_manifest(LOCAL, root)
 
 

@@ -520,4 +520,4 @@ def _as_8bit(image: Image.Image) -> npt.NDArray[np.uint8]:
         image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
     if image.mode not in ("L", "RGB"):
         image = image.convert("L" if image.mode == "1" else "RGB")
-    return np.asarray(image)
+    return np.asarray(image, np.uint8)

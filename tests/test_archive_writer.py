@@ -225,7 +225,7 @@ def test_the_manifest_comes_back_and_later_versions_are_refused(tmp_path):
     del values["sha256"]
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps({**values, "sha256": digest}))
-    with pytest.raises(ArchiveError, match="format version 2.*a newer one is needed"):
+    with pytest.raises(ArchiveError, match=r"format version 2.*a newer one is needed"):
         read_manifest(LOCAL, root)
 
 

@@ -514,7 +514,7 @@ def _payloads_fit(extra: Payloads, row: dict[str, Any]) -> bool:
 def _as_8bit(image: Image.Image) -> npt.NDArray[np.uint8]:
     """Any Pillow image as (H, W, 3) RGB or (H, W) gray uint8."""
     if image.mode.startswith("I"):
-        return (np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8)
+        return np.asarray(np.clip(np.asarray(image), 0, 65535) >> 8, np.uint8)
     if "A" in image.getbands() or "transparency" in image.info:
         over = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")

@@ -306,7 +306,8 @@ def _cause(error: BaseException) -> BaseException:
 @contextmanager
 def _ray(address: str | None) -> Iterator[None]:
     """A Ray to work with; one that was started here ends here."""
-    import ray
+    # Ray Data sets its loggers up when it is imported: first that, then their level.
+    import ray.data
 
     if ray.is_initialized():
         yield
@@ -317,12 +318,15 @@ def _ray(address: str | None) -> Iterator[None]:
         # Only descriptions of shards pass through the object store.
         options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray's core writes errors that are none to stderr, past every logger.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM) if main else None
-    level = logging.getLogger("ray.data").level
+    logger = logging.getLogger("ray.data")
+    level = logger.level
     try:
+        logger.setLevel(logging.ERROR)
         ray.init(address=where, **options)
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
         if main and handler is not None:
             # Ray puts its own in place, which ends the process without a word.
             signal.signal(signal.SIGTERM, handler)
@@ -330,7 +334,7 @@ def _ray(address: str | None) -> Iterator[None]:
     except ConnectionError as error:
         raise VaestreamError(f"no Ray cluster at {where}: {error}") from error
     finally:
-        logging.getLogger("ray.data").setLevel(level)
+        logger.setLevel(level)
         ray.shutdown()
 
 

@@ -1,0 +1,57 @@
+"""What tests share: the folder of sample photos, one Ray, small photos."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before torch or Ray are imported, and for every process that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder of photos beside the repository; tests that want it are skipped where it is not."""
+    path = REPOSITORY.parent / "shared"
+    if not path.is_dir():
+        pytest.skip("no folder ../shared")
+    return path
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[Path]:
+    """One Ray for all tests that need one. Its workers run tests/worker_hooks: the path given is
+    the folder where these leave and look for their marks."""
+    import ray
+
+    # Short: Ray keeps sockets there, whose paths may have 107 bytes.
+    folder = Path(tempfile.mkdtemp(prefix="vs-", dir="/tmp"))
+    os.environ["VAESTREAM_HOOK_FOLDER"] = str(folder)
+    before = os.environ.get("PYTHONPATH")
+    hooks = [str(REPOSITORY / "tests" / "worker_hooks"), str(REPOSITORY)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(hooks + ([before] if before else []))
+    try:
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=100 << 20,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=str(folder / "ray"),
+        )
+        yield folder
+    finally:
+        ray.shutdown()
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,290 @@
+"""The job on a real Ray: every object gets its row, whatever happens in between."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+from photos import fill, png
+
+import vaestream
+from vaestream.archive.manifest import read_manifest
+from vaestream.archive.verify import verify
+from vaestream.errors import SettingsMismatchError, SourceError, VaestreamError
+from vaestream.pipeline import job
+from vaestream.pipeline.job import Progress, Summary, plan_pool
+
+
+@pytest.fixture(scope="session")
+def weights(codec: vaestream.Codec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    path.write_bytes(codec.weights)
+    return path
+
+
+@pytest.fixture
+def run(local_ray: Path, weights: Path) -> Callable[..., Summary]:
+    """`vaestream.compress` with the small model, in shards of two."""
+
+    def compress(source: Path, destination: Path, **options: Any) -> Summary:
+        defaults: dict[str, Any] = {"min_psnr": 0.0, "shard_images": 2, "weights": weights}
+        return vaestream.compress(source, destination, **{**defaults, **options})
+
+    return compress
+
+
+@pytest.fixture
+def marks(local_ray: Path) -> Iterator[Path]:
+    """The hook folder, empty before and after."""
+    yield local_ray
+    for mark in [*local_ray.glob("waiting-*"), local_ray / "go", local_ray / "deaths"]:
+        mark.unlink(missing_ok=True)
+
+
+def files(archive: Path) -> dict[str, bytes]:
+    """Every file of an archive, the manifest included."""
+    return {
+        str(path.relative_to(archive)): path.read_bytes()
+        for path in sorted(archive.rglob("*"))
+        if path.is_file()
+    }
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise AssertionError("it did not happen")
+
+
+def test_every_object_gets_a_row_and_nothing_is_lost(
+    run: Callable[..., Summary], tmp_path: Path
+) -> None:
+    source = fill(tmp_path / "source", ["a.png", "sub/b.png", "sub/c.png"])
+    plain = {"notes.txt": b"not a photo", "empty": b"", "cut.png": png(9)[:2000]}
+    for name, data in plain.items():
+        (source / name).write_bytes(data)
+    (source / "dead.png").symlink_to(tmp_path / "gone.png")
+    seen: list[Progress] = []
+    summary = run(source, tmp_path / "archive", verify="all", progress=seen.append)
+
+    archive = vaestream.open(str(tmp_path / "archive"))
+    rows = {row.key: row for row in archive.rows()}
+    names = ["a.png", "dead.png", "sub/b.png", "sub/c.png"]
+    assert sorted(rows) == sorted([*names, *plain])
+    for name, data in plain.items():
+        assert rows[name].codec == "source"
+        assert archive.blob(name) == data
+    for name in ("a.png", "sub/b.png", "sub/c.png"):
+        assert rows[name].codec == "vae"
+        assert archive[name].size == (96, 72)
+    assert "FileNotFoundError" in (rows["dead.png"].error or "")
+    assert rows["cut.png"].error is not None and rows["notes.txt"].reason is not None
+    assert (summary.objects, summary.photos) == (7, 3)
+    assert sum(summary.kept.values()) == 2 and sum(summary.errors.values()) == 2
+    assert sorted(summary.failed) == ["cut.png", "dead.png"]
+    assert [(one.done_shards, one.shards) for one in seen] == [(i, 4) for i in (1, 2, 3, 4)]
+    assert seen[-1].done_objects == seen[-1].objects == 7
+    assert not (tmp_path / "archive" / ".vaestream-job").exists()
+    assert verify(str(tmp_path / "archive")) == []
+
+
+def test_a_finished_job_does_nothing_and_starts_no_ray(
+    run: Callable[..., Summary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = fill(tmp_path / "source", ["a.png", "b.png", "c.png"])
+    first = run(source, tmp_path / "archive")
+    before = files(tmp_path / "archive")
+    monkeypatch.setattr(job, "_ray", lambda address: pytest.fail("Ray was asked for"))
+    second = run(source, tmp_path / "archive")
+    assert second.up_to_date and not first.up_to_date
+    assert (second.objects, second.source_bytes) == (first.objects, first.source_bytes)
+    assert files(tmp_path / "archive") == before
+
+
+def test_new_photos_make_new_parts_and_old_ones_stay(
+    run: Callable[..., Summary], tmp_path: Path
+) -> None:
+    source = fill(tmp_path / "source", ["b.png", "d.png", "f.png"])
+    run(source, tmp_path / "archive")
+    before = {name: data for name, data in files(tmp_path / "archive").items() if "part-" in name}
+    fill(source, ["a.png", "e.png"], first=7)
+    (source / "b.png").unlink()
+    summary = run(source, tmp_path / "archive")
+    after = files(tmp_path / "archive")
+    assert before.items() <= after.items()
+    assert summary.objects == 5
+    assert list(vaestream.open(str(tmp_path / "archive"))) == [
+        f"{name}.png" for name in ("a", "b", "d", "e", "f")
+    ]
+
+
+def test_a_changed_photo_or_other_settings_are_refused_unless_asked_for(
+    run: Callable[..., Summary], tmp_path: Path
+) -> None:
+    source = fill(tmp_path / "source", ["a.png", "b.png"])
+    archive = tmp_path / "archive"
+    run(source, archive, quality=20)
+    before = files(archive)
+    with pytest.raises(SettingsMismatchError, match=r"quality 20\.0 \(now 30\.0\)"):
+        run(source, archive, quality=30)
+    (source / "b.png").write_bytes(png(99) + b"longer")
+    with pytest.raises(SourceError, match=r"b\.png"):
+        run(source, archive, quality=20)
+    assert files(archive) == before
+
+    run(source, archive, quality=30, overwrite=True)
+    fresh = tmp_path / "fresh"
+    run(source, fresh, quality=30)
+    assert files(archive) == files(fresh)
+
+
+def test_parts_without_a_word_of_their_settings_are_refused(
+    run: Callable[..., Summary], tmp_path: Path
+) -> None:
+    source = fill(tmp_path / "source", ["a.png"])
+    archive = tmp_path / "archive"
+    run(source, archive)
+    before = files(archive)
+    (archive / "manifest.json").unlink()
+    with pytest.raises(SettingsMismatchError, match="neither"):
+        run(source, archive)
+    run(source, archive, overwrite=True)
+    assert files(archive) == before
+
+
+def test_a_damaged_part_that_was_removed_is_made_again(
+    run: Callable[..., Summary], tmp_path: Path
+) -> None:
+    source = fill(tmp_path / "source", ["a.png", "b.png", "c.png", "d.png"])
+    archive = tmp_path / "archive"
+    run(source, archive)
+    before = files(archive)
+    next(archive.glob("part-*")).unlink()
+    assert not run(source, archive).up_to_date
+    assert files(archive) == before
+
+
+def test_a_worker_killed_in_mid_shard_changes_nothing(
+    run: Callable[..., Summary], tmp_path: Path, marks: Path
+) -> None:
+    source = fill(tmp_path / "source", ["a.png", "c.png", "d.png", "e.png"])
+    (source / "b.png").write_bytes(png(5, "WAIT HERE"))
+    killed: list[int] = []
+
+    def kill() -> None:
+        mark = wait_for(lambda: next(marks.glob("waiting-*"), None))
+        killed.append(int(mark.name.removeprefix("waiting-")))
+        os.kill(killed[0], signal.SIGKILL)
+        (marks / "go").touch()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    run(source, tmp_path / "disturbed", workers=1)
+    killer.join()
+    assert killed
+    run(source, tmp_path / "peaceful", workers=1)
+    assert files(tmp_path / "disturbed") == files(tmp_path / "peaceful")
+    assert len(vaestream.open(str(tmp_path / "disturbed"))) == 5
+
+
+def test_a_driver_killed_in_mid_job_is_continued(
+    run: Callable[..., Summary], tmp_path: Path, weights: Path, marks: Path
+) -> None:
+    source = fill(tmp_path / "source", ["a.png", "b.png", "c.png", "e.png", "f.png"])
+    (source / "d.png").write_bytes(png(6, "WAIT HERE"))
+    archive = tmp_path / "disturbed"
+    command = [sys.executable, "-m", "vaestream", "compress", str(source), str(archive)]
+    options = ["--weights", str(weights), "--min-psnr", "0", "--shard-images", "2"]
+    driver = subprocess.Popen([*command, *options, "--workers", "1"], stderr=subprocess.DEVNULL)
+    try:
+        mark = wait_for(lambda: next(marks.glob("waiting-*"), None))
+        committed = {path.name for path in archive.glob("part-*")}
+        assert committed
+    finally:
+        driver.kill()
+        driver.wait()
+    worker = int(mark.name.removeprefix("waiting-"))
+    wait_for(lambda: not Path(f"/proc/{worker}").exists())
+    (marks / "go").touch()
+    assert not (archive / "manifest.json").exists()
+    with pytest.raises(SettingsMismatchError):
+        run(source, archive, quality=10)
+
+    run(source, archive)
+    run(source, tmp_path / "peaceful")
+    assert committed <= set(files(archive))
+    assert files(archive) == files(tmp_path / "peaceful")
+
+
+def test_a_photo_that_kills_its_worker_ends_as_one_error_row(
+    run: Callable[..., Summary], tmp_path: Path, marks: Path
+) -> None:
+    source = fill(tmp_path / "source", ["a.png", "c.png", "d.png", "e.png"])
+    poison = png(5, "KILL ME")
+    (source / "b.png").write_bytes(poison)
+    summary = run(source, tmp_path / "archive", shard_images=3)
+    archive = vaestream.open(str(tmp_path / "archive"))
+    assert summary.failed == ["b.png"]
+    assert "SIGKILL" in (archive.row("b.png").error or "")
+    assert archive.blob("b.png") == poison
+    assert [archive.row(key).codec for key in ("a.png", "c.png", "d.png", "e.png")] == ["vae"] * 4
+    # Two workers and twice the process that had it alone: no more.
+    assert len((marks / "deaths").read_text().split()) == 4
+
+
+def test_an_error_in_a_worker_arrives_as_it_is_and_leaves_no_half_archive(
+    run: Callable[..., Summary], tmp_path: Path
+) -> None:
+    source = fill(tmp_path / "source", ["a.png", "b.png", "c.png"])
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    # Where the second shard's part belongs stands a folder that holds something.
+    run(source, tmp_path / "other")
+    manifest = read_manifest(LocalFileSystem(), str(tmp_path / "other"))
+    (archive / manifest.parts[1].name / "full").mkdir(parents=True)
+    with pytest.raises(VaestreamError, match="part-"):
+        run(source, archive, overwrite=True)
+    assert not (archive / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"quality": 101}, "quality must lie"),
+        ({"quality": 10, "target_bpp": 1}, "exclude each other"),
+        ({"target_psnr": -1}, "positive"),
+        ({"shard_images": 0}, "at least 1"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_written(
+    tmp_path: Path, options: dict[str, Any], reason: str
+) -> None:
+    source = fill(tmp_path / "source", ["a.png"])
+    with pytest.raises(VaestreamError, match=reason):
+        vaestream.compress(source, tmp_path / "archive", **options)
+    assert not (tmp_path / "archive").exists()
+
+
+def test_workers_follow_from_what_the_cluster_has() -> None:
+    cpus, gpus = {"CPU": 4.0}, {"CPU": 16.0, "GPU": 2.0}
+    assert plan_pool(cpus, shards=100).workers == 4
+    assert plan_pool(cpus, shards=3).workers == 3
+    assert plan_pool(cpus, shards=100, workers=2).workers == 2
+    pool = plan_pool(gpus, shards=100)
+    assert (pool.device, pool.workers, pool.num_gpus) == ("cuda", 8, 0.25)
+    assert plan_pool(gpus, shards=100, gpus_per_worker=1.0).workers == 2
+    assert plan_pool(gpus, shards=100, device="cpu").device == "cpu"
+    with pytest.raises(VaestreamError, match="no GPU"):
+        plan_pool(cpus, shards=1, device="cuda")
+    with pytest.raises(VaestreamError, match="at least 1"):
+        plan_pool(cpus, shards=1, workers=0)

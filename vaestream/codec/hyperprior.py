@@ -42,7 +42,7 @@ HYPER_STRIDE = 64
 Z_LIMIT = 255
 
 # Fixed-point formats of the scale branch, as numbers of fractional bits.
-_WEIGHT_BITS = 6
+SCALE_WEIGHT_BITS = 6
 _ACTIVATION_BITS = 4
 _INDEX_BITS = 7  # of the accumulator of the last layer: one real unit is 2**3 table indices
 _FLOAT32_EXACT = 2**24
@@ -157,7 +157,7 @@ class ScaleBranch(nn.Module):
                 acc = _fake_quantised_conv(layer, hidden, in_bits)
                 hidden = depth_to_space(_quantise_activation(acc), 2)
             acc = _fake_quantised_conv(self.project, hidden, _ACTIVATION_BITS)
-            return _ste(acc * 2.0 ** (_WEIGHT_BITS + _ACTIVATION_BITS - _INDEX_BITS)).clamp(
+            return _ste(acc * 2.0 ** (SCALE_WEIGHT_BITS + _ACTIVATION_BITS - _INDEX_BITS)).clamp(
                 0, NUM_SCALES - 1
             )
 
@@ -168,13 +168,15 @@ class ScaleBranch(nn.Module):
         """
         layers = []
         for layer, in_bits, shift, limit in (
-            (self.up1, 0, _WEIGHT_BITS - _ACTIVATION_BITS, Z_LIMIT),
-            (self.up2, _ACTIVATION_BITS, _WEIGHT_BITS, 255),
+            (self.up1, 0, SCALE_WEIGHT_BITS - _ACTIVATION_BITS, Z_LIMIT),
+            (self.up2, _ACTIVATION_BITS, SCALE_WEIGHT_BITS, 255),
             (self.project, _ACTIVATION_BITS, _INDEX_BITS, 255),
         ):
             weight = _integer_weight(layer).to(torch.int32)
             assert layer.bias is not None
-            bias = torch.round(layer.bias.double() * 2 ** (_WEIGHT_BITS + in_bits)).to(torch.int32)
+            bias = torch.round(layer.bias.double() * 2 ** (SCALE_WEIGHT_BITS + in_bits)).to(
+                torch.int32
+            )
             largest = limit * weight.abs().sum(dim=(1, 2, 3)) + bias.abs() + (1 << shift)
             if int(largest.max()) >= _FLOAT32_EXACT:
                 raise ValueError("scale branch: a sum may pass 2**24, where float32 stops counting")
@@ -188,13 +190,15 @@ def _ste(x: Tensor) -> Tensor:
 
 
 def _integer_weight(layer: nn.Conv2d) -> Tensor:
-    return torch.round(layer.weight * 2**_WEIGHT_BITS).clamp(-127, 127)
+    return torch.round(layer.weight * 2**SCALE_WEIGHT_BITS).clamp(-127, 127)
 
 
 def _fake_quantised_conv(layer: nn.Conv2d, x: Tensor, in_bits: int) -> Tensor:
-    weight = layer.weight + (_integer_weight(layer) * 2.0**-_WEIGHT_BITS - layer.weight).detach()
+    weight = (
+        layer.weight + (_integer_weight(layer) * 2.0**-SCALE_WEIGHT_BITS - layer.weight).detach()
+    )
     assert layer.bias is not None
-    unit = 2.0 ** (_WEIGHT_BITS + in_bits)
+    unit = 2.0 ** (SCALE_WEIGHT_BITS + in_bits)
     bias = layer.bias + (torch.round(layer.bias * unit) / unit - layer.bias).detach()
     return F.conv2d(x, weight, bias, padding=layer.padding)
 
@@ -249,9 +253,7 @@ class Hyperprior(nn.Module):
         super().__init__()
         self.config = config
         c = config
-        self.g_a = Analysis(
-            c.latent, c.width8, c.width16, c.analysis_blocks8, c.analysis_blocks16
-        )
+        self.g_a = Analysis(c.latent, c.width8, c.width16, c.analysis_blocks8, c.analysis_blocks16)
         self.g_s = Synthesis(
             c.latent, c.width8, c.width16, c.synthesis_blocks8, c.synthesis_blocks16
         )
@@ -267,7 +269,6 @@ class Hyperprior(nn.Module):
             self.log_gain.nodes.copy_(
                 (0.5 * torch.log(quality_to_lambda(nodes) / 26))[:, None].expand(-1, c.latent)
             )
-
 
     def gain(self, quality: Tensor) -> Tensor:
         """(N,) -> (N, latent, 1, 1): latents times this are coded with step 1."""

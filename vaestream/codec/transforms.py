@@ -131,8 +131,11 @@ class Analysis(nn.Module):
         nn.init.zeros_(self.project.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, quality: Tensor, *, linear_only: bool = False) -> Tensor:
-        quarter = space_to_depth(x, 4)
-        y = _pointwise(space_to_depth(quarter, 4).float(), self.linear)
+        return self.latents(space_to_depth(x, 4), quality, linear_only=linear_only)
+
+    def latents(self, quarter: Tensor, quality: Tensor, *, linear_only: bool = False) -> Tensor:
+        """`forward` on pixels already gathered 4x4: float32 (N, 48, H/4, W/4), minus 128."""
+        y = _pointwise(space_to_depth(quarter, 4), self.linear)
         if linear_only:
             return y
         hidden = self.stem(quarter.to(self.stem.weight.dtype) * (1 / 64))
@@ -163,15 +166,19 @@ class Synthesis(nn.Module):
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
 
     def forward(self, y_hat: Tensor, quality: Tensor, *, linear_only: bool = False) -> Tensor:
-        quarter = depth_to_space(_pointwise(y_hat, self.linear), 4)
-        if not linear_only:
-            hidden = self.project(y_hat.to(self.project.weight.dtype) * (1 / 64))
-            hidden = F.relu(hidden + self.condition(quality).to(hidden.dtype))
-            hidden = self.up(self.blocks16(hidden))
-            hidden = self.blocks8(depth_to_space(hidden, 2))
-            hidden = F.relu(depth_to_space(self.expand(hidden), 2), inplace=True)
-            quarter = quarter + self.head(hidden).float() * 16
-        return depth_to_space(quarter, 4)
+        return depth_to_space(self.quarter(y_hat, quality, linear_only=linear_only), 4)
+
+    def quarter(self, y_hat: Tensor, quality: Tensor, *, linear_only: bool = False) -> Tensor:
+        """`forward` before its last depth_to_space: float32 (N, 48, H/4, W/4)."""
+        linear = depth_to_space(_pointwise(y_hat, self.linear), 4)
+        if linear_only:
+            return linear
+        hidden = self.project(y_hat.to(self.project.weight.dtype) * (1 / 64))
+        hidden = F.relu(hidden + self.condition(quality).to(hidden.dtype))
+        hidden = self.up(self.blocks16(hidden))
+        hidden = self.blocks8(depth_to_space(hidden, 2))
+        hidden = F.relu(depth_to_space(self.expand(hidden), 2), inplace=True)
+        return linear + self.head(hidden).float() * 16
 
 
 def receptive_radius(blocks8: int, blocks16: int) -> int:

@@ -111,8 +111,11 @@ def train(
         def record(entry: dict[str, Any]) -> None:
             journal.write(json.dumps(entry) + "\n")
             journal.flush()
-            log(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-                         for k, v in entry.items()))
+            log(
+                " ".join(
+                    f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()
+                )
+            )
 
         saved = time.monotonic()
         while not run.finished:
@@ -208,9 +211,7 @@ class _Run:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if bool(torch.isfinite(norm)):
             self.optimizer.step()
-        self._sums.append(
-            torch.stack([cost.loss, cost.bpp.mean(), cost.mse.mean(), norm]).detach()
-        )
+        self._sums.append(torch.stack([cost.loss, cost.bpp.mean(), cost.mse.mean(), norm]).detach())
         self.step += 1
         self.seconds += time.monotonic() - start
         if self.step % _LOG_STEPS:

@@ -1,0 +1,355 @@
+"""The codec: pictures to bitstreams and back."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import fsspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vaestream.errors import ModelMismatchError, WeightsError
+
+from .bitstream import MAX_SIDE, MODEL_ID_BYTES, Header, pack, unpack
+from .hyperprior import HYPER_STRIDE
+from .networks import Networks, best_dtype
+from .rate_control import rounding_offsets, sample_patches, solve_quality
+from .streams import decode_tile, decode_z, encode_tile, encode_z
+from .weights import import_weights
+
+_WINDOW_PIXELS = 2048
+_SEARCH_QUALITY = 50.0
+_RATE_TOLERANCE = 0.02
+_PSNR_TOLERANCE = 0.05
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A bitstream, the quality it was made with (0 to 100) and what decoding it gives.
+
+    psnr: dB over all 8-bit samples of the decoded picture, infinite when equal; None when it was
+    not measured.
+    """
+
+    data: bytes
+    quality: float
+    psnr: float | None
+
+
+class Codec:
+    """Encodes and decodes 8-bit pictures with one set of weights on one device.
+
+    The same picture, weights, device and quality give the same bytes, whatever comes with it in a
+    call. Any device decodes any other's bitstreams without an entropy-coding error; decoded
+    pixels may differ by a level between devices, and do not on one device.
+    """
+
+    def __init__(
+        self,
+        weights: bytes,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        window_pixels: int = _WINDOW_PIXELS,
+    ) -> None:
+        """weights: a weights file. Most callers want `Codec.load`.
+
+        window_pixels: side of the largest square that goes through the networks at once; memory
+        grows with its area.
+        """
+        loaded = import_weights(weights)
+        self.weights = weights
+        self.model_id = loaded.id
+        self.device = device
+        self.dtype = dtype
+        self.networks = Networks(loaded, device, dtype, window=max(1, window_pixels // 16))
+        self._y_tables = loaded.y_tables
+        self._z_tables = loaded.z_tables
+        self._rounding = torch.from_numpy(rounding_offsets(loaded.y_tables)).to(device)
+
+    @classmethod
+    def load(
+        cls,
+        weights: str | os.PathLike[str] | None = None,
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        storage_options: dict[str, Any] | None = None,
+    ) -> "Codec":
+        """Load weights from a path or fsspec URL, or the ones that come with vaestream.
+
+        device: "auto" (CUDA if there is one), or what `torch.device` takes. precision: "auto"
+        (bfloat16 where the hardware is fast at it), "bfloat16" or "float32".
+
+        Raises WeightsError naming the file if it is missing or cannot be used, ValueError on an
+        unknown device or precision.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch_device = torch.device(device)
+            torch.empty(0, device=torch_device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device {device!r} cannot be used here: {error}") from error
+        if precision != "auto" and precision not in _DTYPES:
+            raise ValueError(f"precision {precision!r}: one of auto, {', '.join(_DTYPES)}")
+        dtype = best_dtype(torch_device) if precision == "auto" else _DTYPES[precision]
+        data = shipped_weights() if weights is None else _fetch(weights, storage_options)
+        try:
+            return cls(data, torch_device, dtype)
+        except WeightsError as error:
+            raise WeightsError(f"{weights or 'shipped weights'}: {error}") from error
+
+    def encode(self, images: Sequence[NDArray[np.uint8]], quality: float = 50.0) -> list[bytes]:
+        """Encode pictures, (H, W, 3) RGB or (H, W) gray uint8, each to a bitstream of its own.
+
+        quality: 0 (smallest) to 100, taken to the nearest hundredth. Raises ValueError on another
+        shape, dtype or quality.
+        """
+        return [self.compress(i, quality=quality, measure=False).data for i in images]
+
+    @torch.inference_mode()
+    def compress(
+        self,
+        image: NDArray[np.uint8],
+        *,
+        quality: float | None = None,
+        target_bpp: float | None = None,
+        target_psnr: float | None = None,
+        measure: bool = True,
+    ) -> Encoded:
+        """Encode one picture at a quality, or at the one that meets a target.
+
+        target_bpp: bits per pixel of the whole bitstream; the result is the largest within 2 % of
+        it where the model's range allows. target_psnr: dB; the result is the smallest that
+        reaches it where the range allows. measure: also say the PSNR, at the cost of a synthesis.
+
+        Raises ValueError unless exactly one of the three is given and the picture is (H, W, 3) or
+        (H, W) uint8 of 1 to 2**20 pixels a side.
+        """
+        given = [v for v in (quality, target_bpp, target_psnr) if v is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of quality, target_bpp and target_psnr")
+        _check_image(image)
+        with torch.autocast(self.device.type, enabled=False):
+            if quality is not None:
+                if not 0 <= quality <= 100:
+                    raise ValueError(f"quality {quality} is outside 0 to 100")
+                return self._encode_at(image, quality, measure=measure)
+            if target_bpp is not None:
+                return self._encode_to_rate(image, target_bpp, measure=measure)
+            assert target_psnr is not None
+            return self._encode_to_psnr(image, target_psnr)
+
+    @torch.inference_mode()
+    def decode(self, blobs: Sequence[bytes]) -> list[NDArray[np.uint8]]:
+        """Decode bitstreams to uint8 pictures, (H, W, 3) or (H, W) as they were encoded.
+
+        Raises ModelMismatchError if other weights are needed, BitstreamError if a blob is damaged.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            return [self._decode_one(blob) for blob in blobs]
+
+    def _encode_to_rate(self, image: NDArray[np.uint8], bpp: float, *, measure: bool) -> Encoded:
+        """Search with the latents of one analysis, rescaled; then settle on true encodings."""
+        if not bpp > 0:
+            raise ValueError(f"a target of {bpp} bits per pixel cannot be met")
+        pixels = image.shape[0] * image.shape[1]
+        low, high = math.log2(bpp * (1 - _RATE_TOLERANCE)), math.log2(bpp)
+        latents = self._analyse(image, _SEARCH_QUALITY)
+
+        def rate(encoded: Encoded) -> float:
+            return math.log2(len(encoded.data) * 8 / pixels)
+
+        quality = solve_quality(
+            lambda q: rate(self._encode_at(image, q, measure=False, latents=latents)),
+            low,
+            high,
+            guess=_SEARCH_QUALITY,
+            slope=0.04,
+        )
+        tried: dict[float, Encoded] = {}
+
+        def settle(q: float) -> float:
+            tried[q] = self._encode_at(image, q, measure=False)
+            return rate(tried[q])
+
+        quality = solve_quality(settle, low, high, guess=quality, slope=0.04, evaluations=4)
+        best = [e for e in tried.values() if rate(e) <= high] or list(tried.values())
+        encoded = max(best, key=rate) if rate(best[0]) <= high else min(best, key=rate)
+        if measure:
+            return self._encode_at(image, encoded.quality, measure=True)
+        return encoded
+
+    def _encode_to_psnr(self, image: NDArray[np.uint8], psnr: float) -> Encoded:
+        """Search on sample patches; then settle on the whole picture."""
+        patches = sample_patches(image, side=512, count=3)
+
+        def of_patches(q: float) -> float:
+            error = 0.0
+            for patch in patches:
+                measured = self._encode_at(patch, q, measure=True).psnr
+                assert measured is not None
+                error += 10 ** (-measured / 10) * patch.size
+            error /= sum(p.size for p in patches)
+            return -10 * math.log10(error) if error else math.inf
+
+        tried: dict[float, Encoded] = {}
+
+        def settle(q: float) -> float:
+            tried[q] = self._encode_at(image, q, measure=True)
+            value = tried[q].psnr
+            assert value is not None
+            return value
+
+        high = psnr + _PSNR_TOLERANCE
+        guess = _SEARCH_QUALITY
+        if len(patches) > 1:
+            guess = solve_quality(of_patches, psnr, high, guess=guess, slope=0.12)
+        solve_quality(settle, psnr, high, guess=guess, slope=0.12)
+        reached = [e for e in tried.values() if e.psnr is not None and e.psnr >= psnr]
+        if reached:
+            return min(reached, key=lambda e: len(e.data))
+        return max(tried.values(), key=lambda e: e.psnr or 0.0)
+
+    def _analyse(self, image: NDArray[np.uint8], quality: float) -> Tensor:
+        """y of a picture, (rows, columns, latent) float32, gain not applied."""
+        pixels = _to_tensor(image).to(self.device)
+        if pixels.ndim == 2:
+            pixels = pixels[:, :, None].expand(-1, -1, 3)
+        return self.networks.analyse(pixels, self.networks.quality(quality))
+
+    def _encode_at(
+        self,
+        image: NDArray[np.uint8],
+        quality: float,
+        *,
+        measure: bool,
+        latents: Tensor | None = None,
+    ) -> Encoded:
+        """Encode at a quality; `latents` stand in for the analysis."""
+        quality = round(quality * 100) / 100
+        height, width = image.shape[:2]
+        channels = 3 if image.ndim == 3 else 1
+        header = Header(width, height, channels, quality, self.model_id[: 2 * MODEL_ID_BYTES])
+        q = self.networks.quality(quality)
+        gain = self.networks.gain(q)
+        y = self._analyse(image, quality).mul_(gain) if latents is None else latents * gain
+        z_hat = self.networks.hyper_analyse(y)
+        side = self.networks.side_information(z_hat, q)
+        z_stream = encode_z(z_hat[0].cpu().numpy(), self._tables_of_z(quality))
+        streams = []
+        for top, left, bottom, right in header.tiles():
+            mean, index = side.tile(top, left, bottom, right)
+            tile = y[top:bottom, left:right]
+            symbols = self._quantise(tile - mean, index)
+            streams.append(
+                encode_tile(
+                    symbols.to(torch.int32).flatten().cpu().numpy(),
+                    index.flatten().cpu().numpy(),
+                    self._y_tables,
+                )
+            )
+            if measure:
+                tile.copy_((symbols + mean) / gain)
+        psnr = None
+        if measure:
+            decoded = self.networks.synthesise(y, q, height, width)
+            pixels = _to_tensor(image).to(self.device)
+            psnr = _psnr(pixels, decoded if channels == 3 else _to_gray(decoded))
+        return Encoded(pack(header, z_stream, streams), quality, psnr)
+
+    def _quantise(self, residual: Tensor, index: Tensor) -> Tensor:
+        """Round with a dead zone that is wider where a symbol other than zero is dearer."""
+        offset = self._rounding[index.int()]
+        return torch.copysign(torch.floor(residual.abs() + offset), residual)
+
+    def _decode_one(self, blob: bytes) -> NDArray[np.uint8]:
+        stream = unpack(blob)
+        header = stream.header
+        if not self.model_id.startswith(header.model_id_prefix):
+            raise ModelMismatchError(
+                f"written with model {header.model_id_prefix}, but the one at hand is "
+                f"{self.model_id[: 2 * MODEL_ID_BYTES]}: load the codec with that model's weights "
+                f"(an archive keeps its own under models/)"
+            )
+        q = self.networks.quality(header.quality)
+        gain = self.networks.gain(q)
+        z_rows = -(-header.height // HYPER_STRIDE)
+        z_columns = -(-header.width // HYPER_STRIDE)
+        z_hat = decode_z(stream.z, self._tables_of_z(header.quality), z_rows, z_columns)
+        side = self.networks.side_information(torch.from_numpy(z_hat)[None].to(self.device), q)
+        rows, columns = header.latent_size
+        y_hat = torch.empty((rows, columns, self.networks.config.latent), device=self.device)
+        for (top, left, bottom, right), data in zip(header.tiles(), stream.tiles, strict=True):
+            mean, index = side.tile(top, left, bottom, right)
+            symbols = decode_tile(data, index.flatten().cpu().numpy(), self._y_tables)
+            tile = torch.from_numpy(symbols).to(self.device).view(mean.shape)
+            y_hat[top:bottom, left:right] = (tile + mean) / gain
+        pixels = self.networks.synthesise(y_hat, q, header.height, header.width)
+        if header.channels == 1:
+            pixels = _to_gray(pixels)
+        result: NDArray[np.uint8] = pixels.cpu().numpy()
+        return result
+
+    def _tables_of_z(self, quality: float) -> Any:
+        return self._z_tables[round(quality / 100 * (len(self._z_tables) - 1))]
+
+
+def shipped_weights() -> bytes:
+    """The weights file that comes with this release."""
+    folder = resources.files("vaestream.codec") / "weights"
+    try:
+        return (folder / "vaestream.safetensors").read_bytes()
+    except FileNotFoundError as error:
+        raise WeightsError(f"this installation holds no weights: {error.filename}") from error
+
+
+def _fetch(url: str | os.PathLike[str], storage_options: dict[str, Any] | None) -> bytes:
+    try:
+        with fsspec.open(os.fspath(url), "rb", **(storage_options or {})) as file:
+            data: bytes = file.read()
+    except OSError as error:
+        raise WeightsError(f"{url}: {error.strerror or error}") from error
+    return data
+
+
+def _check_image(image: NDArray[np.uint8]) -> None:
+    if (
+        not isinstance(image, np.ndarray)
+        or image.dtype != np.uint8
+        or image.ndim not in (2, 3)
+        or (image.ndim == 3 and image.shape[2] != 3)
+    ):
+        shape = getattr(image, "shape", None)
+        raise ValueError(
+            f"a picture is a uint8 array (H, W, 3) or (H, W), not {type(image).__name__} "
+            f"of shape {shape} and dtype {getattr(image, 'dtype', None)}"
+        )
+    if not all(0 < side <= MAX_SIDE for side in image.shape[:2]):
+        raise ValueError(f"a picture of {image.shape[1]}x{image.shape[0]} cannot be encoded")
+
+
+def _to_tensor(image: NDArray[np.uint8]) -> Tensor:
+    """Shares the memory where torch can: it wants it contiguous and writable."""
+    return torch.from_numpy(np.require(image, requirements=["C", "W"]))
+
+
+def _to_gray(pixels: Tensor) -> Tensor:
+    """(H, W, 3) uint8 -> (H, W) uint8, the rounded mean of the channels."""
+    return ((pixels.int().sum(2) * 2 + 3) // 6).to(torch.uint8)
+
+
+def _psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio of two uint8 tensors, in dB."""
+    total = sum(
+        float((x.float() - y.float()).square().sum(dtype=torch.float64))
+        for x, y in zip(a.split(512), b.split(512), strict=True)
+    )
+    return 10 * math.log10(255**2 * a.numel() / total) if total else math.inf

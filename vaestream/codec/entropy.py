@@ -1,0 +1,124 @@
+"""Entropy coding with stored integer tables, on constriction's ANS coder.
+
+Every table is a list of integer counts that was fixed when the weights were written. Nothing here
+evaluates a density, so no change of a maths library can change a table.
+
+Symbols are coded in groups that share a table, a call of the coder a group: an order of magnitude
+faster than a density per symbol. ANS is a stack, so the encoder pushes the groups last to first
+and the decoder pops them first to last.
+
+ANS: Duda, "Asymmetric numeral systems", arXiv:1311.2540. constriction: Bamler, "Understanding
+entropy coding with asymmetric numeral systems", arXiv:2201.01741.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import constriction
+import numpy as np
+from numpy.typing import NDArray
+
+from vaestream.errors import BitstreamError
+
+_Model = constriction.stream.model.Categorical
+_Coder = constriction.stream.stack.AnsCoder
+
+
+@dataclass(frozen=True)
+class Table:
+    """Counts of the symbols low, low+1, ...; the last count is that of the escape."""
+
+    low: int
+    counts: NDArray[np.int32]
+
+    @property
+    def escape(self) -> int:
+        """The category that stands for every symbol the table does not hold."""
+        return len(self.counts) - 1
+
+    @cached_property
+    def model(self) -> _Model:
+        # `perfect` is given always: its default differs between releases, and so would the bits.
+        return _Model(self.counts.astype(np.float64), perfect=False)
+
+
+class GroupEncoder:
+    """Encodes groups of symbols into one stream."""
+
+    def __init__(self) -> None:
+        self._groups: list[tuple[Table, NDArray[np.int32]]] = []
+        self._escapes: list[int] = []
+
+    def add(self, symbols: NDArray[np.int32], table: Table) -> None:
+        """Append a group; symbols (n,) int32 of any value."""
+        categories = symbols - np.int32(table.low)
+        outside = (categories < 0) | (categories >= table.escape)
+        if outside.any():
+            self._escapes += symbols[outside].tolist()
+            categories[outside] = table.escape
+        self._groups.append((table, categories))
+
+    def finish(self) -> bytes:
+        """The stream: number of escapes (varint), their values (zigzag varints), ANS words."""
+        coder = _Coder()
+        for table, categories in reversed(self._groups):
+            coder.encode_reverse(categories, table.model)
+        head = bytearray(write_varint(len(self._escapes)))
+        for value in self._escapes:
+            head += write_varint((value << 1) ^ (value >> 63))
+        return bytes(head) + coder.get_compressed().astype("<u4").tobytes()
+
+
+class GroupDecoder:
+    """Decodes what `GroupEncoder` wrote, given the same tables in the same order."""
+
+    def __init__(self, data: bytes) -> None:
+        count, at = read_varint(data, 0)
+        if count > len(data):
+            raise BitstreamError("an escape count is larger than its stream")
+        escapes = []
+        for _ in range(count):
+            value, at = read_varint(data, at)
+            escapes.append((value >> 1) ^ -(value & 1))
+        if (len(data) - at) % 4:
+            raise BitstreamError("an entropy-coded stream does not end on a 32-bit word")
+        self._escapes = escapes
+        self._used = 0
+        self._coder = _Coder(np.frombuffer(data, "<u4", offset=at).astype(np.uint32))
+
+    def take(self, count: int, table: Table) -> NDArray[np.int32]:
+        """The next group: (count,) int32."""
+        categories = self._coder.decode(table.model, count)
+        symbols: NDArray[np.int32] = categories + np.int32(table.low)
+        if self._escapes:
+            outside = np.flatnonzero(categories == table.escape)
+            if len(outside):
+                values = self._escapes[self._used : self._used + len(outside)]
+                if len(values) < len(outside):
+                    raise BitstreamError("an entropy-coded stream has too few escape values")
+                symbols[outside] = values
+                self._used += len(outside)
+        return symbols
+
+
+def write_varint(value: int) -> bytes:
+    """LEB128: seven bits a byte, least significant first, the top bit says that more follow."""
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """(value, offset behind it). Raises BitstreamError at the end of data or beyond 63 bits."""
+    value = shift = 0
+    while at < len(data) and shift < 63:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+    raise BitstreamError("a number in the bitstream does not end")

@@ -1,0 +1,142 @@
+"""The networks as the codec runs them: one photo, in windows, on one device.
+
+A photo goes through the networks alone and in windows whose shape follows from its size only. So
+its bitstream and its pixels cannot depend on which photos come with it (library kernels do not
+give the same last bits for different batch sizes).
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .exact import ExactScaleBranch
+from .hyperprior import HYPER_STRIDE, Z_LIMIT
+from .transforms import STRIDE, depth_to_space, space_to_depth
+from .weights import Weights
+from .windows import windows
+
+_LATENTS_PER_Z = HYPER_STRIDE // STRIDE
+
+
+class SideInformation:
+    """What the decoder knows about y from z_hat: the mean and the table index of every symbol."""
+
+    def __init__(self, networks: "Networks", z_hat: Tensor, quality: Tensor) -> None:
+        self._networks = networks
+        mean = networks.model.h_s_mean.features(z_hat.float(), quality)
+        self._mean = mean[0].permute(1, 2, 0)
+        self._scale = networks.exact.features(z_hat)
+
+    def tile(self, top: int, left: int, bottom: int, right: int) -> tuple[Tensor, Tensor]:
+        """(mean float32, index uint8), each (bottom - top, right - left, latent)."""
+        project = self._networks.model.h_s_mean.project
+        mean = F.linear(
+            self._mean[top:bottom, left:right], project.weight[:, :, 0, 0], project.bias
+        )
+        return mean, self._networks.exact.indices(self._scale[top:bottom, left:right])
+
+
+class Networks:
+    """g_a, g_s, h_a, h_s on a device, in bfloat16 or float32."""
+
+    def __init__(
+        self, weights: Weights, device: torch.device, dtype: torch.dtype, *, window: int
+    ) -> None:
+        """window: side, in latents, of the largest piece computed at once."""
+        self.model = weights.model.to(device, memory_format=torch.channels_last)
+        self.config = self.model.config
+        self.device = device
+        self._window = window
+        # The linear paths, the mean branch and the quality tables stay in float32.
+        for part in (self.model.g_a, self.model.g_s, self.model.h_a):
+            for module in part.modules():
+                if isinstance(module, torch.nn.Conv2d):
+                    module.to(dtype)
+        self.exact = ExactScaleBranch(self.model.h_s_scale.integer_layers(), device)
+        self.exact.self_test(weights.known_answer)
+
+    def quality(self, quality: float) -> Tensor:
+        """A quality as the networks take it, (1,) float32."""
+        return torch.tensor([quality], dtype=torch.float32, device=self.device)
+
+    def gain(self, quality: Tensor) -> Tensor:
+        """(latent,) float32: latents times this are coded with step 1."""
+        return self.model.gain(quality).flatten()
+
+    def analyse(self, pixels: Tensor, quality: Tensor) -> Tensor:
+        """(H, W, 3) uint8 -> y, (rows, columns, latent) float32, not scaled by the gain.
+
+        Beyond the right and lower edges the last pixels repeat up to a multiple of 16.
+        """
+        height, width, _ = pixels.shape
+        rows, columns = -(-height // STRIDE), -(-width // STRIDE)
+        y = torch.empty((rows, columns, self.config.latent), device=self.device)
+        for w in windows(rows, columns, size=self._window, halo=self.config.analysis_radius):
+            crop = pixels[
+                w.outer_top * STRIDE : w.outer_bottom * STRIDE,
+                w.outer_left * STRIDE : w.outer_right * STRIDE,
+            ]
+            crop = _repeat_edges(
+                crop,
+                (w.outer_bottom - w.outer_top) * STRIDE,
+                (w.outer_right - w.outer_left) * STRIDE,
+            )
+            quarter = space_to_depth(crop.permute(2, 0, 1)[None], 4).float().sub_(128)
+            part = self.model.g_a.latents(quarter, quality)[0].permute(1, 2, 0)
+            y[w.top : w.bottom, w.left : w.right] = part[w.inner(1)]
+        return y
+
+    def hyper_analyse(self, y: Tensor) -> Tensor:
+        """Scaled y (rows, columns, latent) -> z_hat, (1, hyper, rows/4, columns/4) int32."""
+        rows, columns, _ = y.shape
+        y = _repeat_edges(
+            y,
+            -(-rows // _LATENTS_PER_Z) * _LATENTS_PER_Z,
+            -(-columns // _LATENTS_PER_Z) * _LATENTS_PER_Z,
+        )
+        z = self.model.h_a(y.permute(2, 0, 1)[None])
+        return torch.floor(z + 0.5).clamp_(-Z_LIMIT, Z_LIMIT).to(torch.int32)
+
+    def side_information(self, z_hat: Tensor, quality: Tensor) -> SideInformation:
+        """Mean and scale from z_hat, (1, hyper, h, w) int32."""
+        return SideInformation(self, z_hat, quality)
+
+    def synthesise(self, y_hat: Tensor, quality: Tensor, height: int, width: int) -> Tensor:
+        """y_hat (rows, columns, latent) float32, gain removed -> (height, width, 3) uint8."""
+        rows, columns, _ = y_hat.shape
+        pixels = torch.empty((height, width, 3), dtype=torch.uint8, device=self.device)
+        for w in windows(rows, columns, size=self._window, halo=self.config.synthesis_radius):
+            outer = y_hat[w.outer_top : w.outer_bottom, w.outer_left : w.outer_right]
+            quarter = self.model.g_s.quarter(outer.permute(2, 0, 1)[None], quality)
+            inner = quarter[:, :, *w.inner(STRIDE // 4)]
+            # Rounding before the last rearrangement moves a quarter of the bytes.
+            levels = (inner + 128.5).clamp_(0, 255).to(torch.uint8)
+            part = depth_to_space(levels, 4)[0].permute(1, 2, 0)
+            top, left = w.top * STRIDE, w.left * STRIDE
+            target = pixels[top : w.bottom * STRIDE, left : w.right * STRIDE]
+            target.copy_(part[: target.shape[0], : target.shape[1]])
+        return pixels
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it faster than float32, else float32."""
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        cpuinfo = Path("/proc/cpuinfo")
+        flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+        fast = "avx512_bf16" in flags or "amx_bf16" in flags
+    else:
+        fast = False
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _repeat_edges(x: Tensor, height: int, width: int) -> Tensor:
+    """(h, w, C) -> (height, width, C), the last row and column repeated."""
+    if x.shape[0] < height:
+        x = torch.cat([x, x[-1:].expand(height - x.shape[0], -1, -1)], dim=0)
+    if x.shape[1] < width:
+        x = torch.cat([x, x[:, -1:].expand(-1, width - x.shape[1], -1)], dim=1)
+    return x

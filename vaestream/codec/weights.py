@@ -1,0 +1,191 @@
+"""The weights file: networks, probability tables and the known answer of the integer branch.
+
+One safetensors file (nothing in it can run code). Networks that compute in bfloat16 where the
+hardware has it are stored in bfloat16; the scale branch in the integers it computes with.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from vaestream.errors import WeightsError
+
+from .entropy import Table
+from .exact import known_answer
+from .hyperprior import (
+    NUM_SCALES,
+    SCALE_MAX,
+    SCALE_MIN,
+    SCALE_WEIGHT_BITS,
+    Z_LIMIT,
+    Hyperprior,
+    ModelConfig,
+)
+from .transforms import QUALITY_NODES
+
+_FORMAT = "vaestream-weights"
+_VERSION = "1"
+_BFLOAT16_PARTS = ("g_a.", "g_s.", "h_a.")
+_SCALE_LAYERS = ("up1", "up2", "project")
+_TOTAL_COUNT = 1 << 22
+_TAIL = 6.0  # a table reaches this many standard deviations; beyond it is the escape
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A loaded weights file.
+
+    y_tables: one table a scale index. z_tables[node][channel]: nodes every 10 quality units.
+    known_answer: CRC-32 that `ExactScaleBranch.self_test` expects.
+    id: SHA-256 of the file, hexadecimal.
+    """
+
+    model: Hyperprior
+    y_tables: list[Table]
+    z_tables: list[list[Table]]
+    known_answer: int
+    id: str
+
+
+def export_weights(
+    model: Hyperprior, y_histograms: Mapping[int, NDArray[np.int64]] | None = None
+) -> bytes:
+    """Bytes of a weights file. The model is on the CPU.
+
+    y_histograms: by scale index, counts of the symbols -r..r as a collection of photos gave them;
+    the table of that index then follows them instead of the Gaussian of the scale.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        stored = tensor.detach().float()
+        if name.startswith(_BFLOAT16_PARTS) and not name.endswith((".linear", ".nodes")):
+            stored = stored.bfloat16()
+        tensors[name] = stored.contiguous()
+    for name, (weight, _, _) in zip(_SCALE_LAYERS, model.h_s_scale.integer_layers(), strict=True):
+        tensors[f"h_s_scale.{name}.weight"] = weight.to(torch.int8).contiguous()
+    y_tables = _gaussian_tables()
+    for index, histogram in (y_histograms or {}).items():
+        y_tables[index] = _empirical_table(y_tables[index], histogram)
+    tensors.update(_pack_tables("tables.y", y_tables))
+    tensors.update(_pack_tables("tables.z", [t for node in _z_tables(model) for t in node]))
+    metadata = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "config": json.dumps(asdict(model.config), sort_keys=True),
+        "known_answer": str(known_answer(model.h_s_scale)),
+    }
+    return save_safetensors(tensors, metadata)
+
+
+def import_weights(data: bytes) -> Weights:
+    """Read a weights file. Raises WeightsError if it is not one, or not one of this version."""
+    try:
+        tensors = load_safetensors(data)
+        size = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+    except (SafetensorError, ValueError) as error:
+        raise WeightsError(f"not a safetensors file: {error}") from error
+    if metadata.get("format") != _FORMAT:
+        raise WeightsError("a safetensors file, but not of vaestream weights")
+    if metadata.get("version") != _VERSION:
+        raise WeightsError(
+            f"weights of version {metadata.get('version')}; this release reads {_VERSION}"
+        )
+    try:
+        model = Hyperprior(ModelConfig(**json.loads(metadata["config"])))
+        y_tables = _unpack_tables("tables.y", tensors)
+        z_flat = _unpack_tables("tables.z", tensors)
+        for name in _SCALE_LAYERS:
+            key = f"h_s_scale.{name}.weight"
+            tensors[key] = tensors[key].float() / 2**SCALE_WEIGHT_BITS
+        model.load_state_dict({k: v.float() for k, v in tensors.items()})
+        answer = int(metadata["known_answer"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"damaged weights: {error}") from error
+    channels = model.config.hyper
+    if len(y_tables) != NUM_SCALES or len(z_flat) != QUALITY_NODES * channels:
+        raise WeightsError("damaged weights: a probability table is missing")
+    z_tables = [z_flat[n * channels : (n + 1) * channels] for n in range(QUALITY_NODES)]
+    digest = hashlib.sha256(data).hexdigest()
+    return Weights(model.eval().requires_grad_(False), y_tables, z_tables, answer, digest)
+
+
+def _gaussian_tables() -> list[Table]:
+    tables = []
+    for index in range(NUM_SCALES):
+        scale = SCALE_MIN * (SCALE_MAX / SCALE_MIN) ** (index / (NUM_SCALES - 1))
+        radius = max(2, math.ceil(_TAIL * scale))
+        edges = (np.arange(-radius, radius + 2) - 0.5) / scale
+        below = np.array([0.5 * math.erfc(-e / math.sqrt(2)) for e in edges])
+        tables.append(Table(-radius, _counts(np.diff(below))))
+    return tables
+
+
+def _empirical_table(gaussian: Table, histogram: NDArray[np.int64]) -> Table:
+    """The symmetrised histogram, smoothed where it is thin by a little of the Gaussian."""
+    radius = -gaussian.low
+    centre = len(histogram) // 2
+    reach = min(radius, centre)
+    seen = np.zeros(2 * radius + 1)
+    seen[radius - reach : radius + reach + 1] = histogram[centre - reach : centre + reach + 1]
+    seen = seen + seen[::-1]
+    prior = gaussian.counts[:-1] / gaussian.counts[:-1].sum()
+    strength = 256.0 * (2 * radius + 1)
+    outside = 2 * (histogram.sum() - seen.sum() / 2)
+    mass = (seen + strength * prior) / (seen.sum() + strength + outside)
+    return Table(gaussian.low, _counts(mass))
+
+
+def _z_tables(model: Hyperprior) -> list[list[Table]]:
+    """Tables of the learned logistics at each quality node, over their central 1 - 2**-16."""
+    tables = []
+    with torch.no_grad():
+        for node in range(QUALITY_NODES):
+            quality = torch.tensor([100.0 * node / (QUALITY_NODES - 1)])
+            center = model.z_prior.center(quality).double().flatten().numpy()
+            scale = model.z_prior.log_scale(quality).double().exp().flatten().numpy()
+            row = []
+            for c, s in zip(center, scale, strict=True):
+                reach = s * math.log(2.0**17)
+                low = max(-Z_LIMIT, math.floor(c - reach))
+                high = min(Z_LIMIT, math.ceil(c + reach))
+                edges = (np.arange(low, high + 2) - 0.5 - c) / s
+                row.append(Table(low, _counts(np.diff(1 / (1 + np.exp(-edges))))))
+            tables.append(row)
+    return tables
+
+
+def _counts(mass: NDArray[np.float64]) -> NDArray[np.int32]:
+    """Integer counts of symbols and, last, of the escape; none is zero."""
+    escape = max(1.0 - float(mass.sum()), 2.0**-20)
+    counts = np.maximum(1, np.round(np.append(mass, escape) * _TOTAL_COUNT))
+    return counts.astype(np.int32)
+
+
+def _pack_tables(name: str, tables: list[Table]) -> dict[str, Tensor]:
+    return {
+        f"{name}.low": torch.tensor([t.low for t in tables], dtype=torch.int32),
+        f"{name}.size": torch.tensor([len(t.counts) for t in tables], dtype=torch.int32),
+        f"{name}.counts": torch.from_numpy(np.concatenate([t.counts for t in tables])),
+    }
+
+
+def _unpack_tables(name: str, tensors: dict[str, Tensor]) -> list[Table]:
+    """Take the tables `name` out of `tensors`."""
+    low = tensors.pop(f"{name}.low").tolist()
+    size = tensors.pop(f"{name}.size").tolist()
+    counts = tensors.pop(f"{name}.counts").numpy()
+    if min(size) < 2 or sum(size) != len(counts) or len(low) != len(size) or counts.min() < 1:
+        raise ValueError(f"{name} is inconsistent")
+    ends = np.cumsum(size)
+    return [Table(lo, counts[e - n : e]) for lo, n, e in zip(low, size, ends, strict=True)]

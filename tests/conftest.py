@@ -5,8 +5,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from vaestream import Codec
 
 # Before torch or Ray are imported, and for every process that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -55,3 +59,11 @@ def local_ray() -> Iterator[Path]:
         else:
             os.environ["PYTHONPATH"] = before
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def weights(codec: "Codec", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model's weights file."""
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    path.write_bytes(codec.weights)
+    return path

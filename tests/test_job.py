@@ -22,13 +22,6 @@ from vaestream.pipeline import job
 from vaestream.pipeline.job import Progress, Summary, plan_pool
 
 
-@pytest.fixture(scope="session")
-def weights(codec: vaestream.Codec, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    path.write_bytes(codec.weights)
-    return path
-
-
 @pytest.fixture
 def run(local_ray: Path, weights: Path) -> Callable[..., Summary]:
     """`vaestream.compress` with the small model, in shards of two."""

@@ -1,0 +1,81 @@
+"""Each example runs as its first line says."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from conftest import REPOSITORY
+from photos import fill
+
+import vaestream
+
+EXAMPLES = REPOSITORY / "examples"
+
+
+def run(name: str, *arguments: object, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def archive(local_ray: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("examples")
+    source = fill(folder / "photos", ["a.png", "b.png", "c.png"])
+    (source / "notes.txt").write_bytes(b"no photo")
+    vaestream.compress(source, folder / "archive", weights=weights, min_psnr=0.0)
+    return folder / "archive"
+
+
+def test_read_archive(archive: Path) -> None:
+    archive_with_photos_only = archive
+    told = run("read_archive.py", archive_with_photos_only)
+    assert "4 photos" in told and "a.png (72, 96, 3)" in told
+
+
+def test_torch_dataloader(archive: Path) -> None:
+    assert "(3, 3, 224, 224)" in run("torch_dataloader.py", archive)
+
+
+def test_compress_folder(local_ray: Path, tmp_path: Path) -> None:
+    import ray
+
+    source = fill(tmp_path / "photos", ["a.png"])
+    address = ray.get_runtime_context().gcs_address
+    told = run("compress_folder.py", source, tmp_path / "archive", RAY_ADDRESS=address)
+    assert "of 1 compressed" in told
+    assert list(vaestream.open(str(tmp_path / "archive"))) == ["a.png"]
+
+
+@pytest.fixture
+def demo() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("demo", EXAMPLES / "demo.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_demo_runs_twice(
+    local_ray: Path, demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    for _ in range(2):
+        demo.main(tmp_path / "demo-out")
+    told = capsys.readouterr().out
+    assert told.count("every byte is as written") == 2
+    assert told.count("nothing to do this time") == 1
+    with Image.open(tmp_path / "demo-out" / "comparison.png") as picture:
+        assert picture.width > 1000
+    assert len(list((tmp_path / "demo-out" / "extracted").iterdir())) == 2

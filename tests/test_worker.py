@@ -1,0 +1,215 @@
+"""One object -> one row, and one shard -> one part, without Ray."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+from photos import fill, pixels, png
+
+from vaestream import Codec, images
+from vaestream.archive.schema import Row
+from vaestream.errors import SourceError, VaestreamError
+from vaestream.pipeline import fetch
+from vaestream.pipeline.attempts import (
+    GIVE_UP_AFTER,
+    JOB_FOLDER,
+    begin_attempt,
+    end_attempts,
+)
+from vaestream.pipeline.compressor import Compressor, Settings, kept
+from vaestream.pipeline.fetch import fetch_all
+from vaestream.pipeline.isolate import IsolatedCompressor
+from vaestream.pipeline.plan import SourceObject, Version, list_sources
+
+
+def item(key: str, size: int | None = None) -> SourceObject:
+    return SourceObject(key, 0, f"/nowhere/{key}", f"file:///nowhere/{key}", Version(size))
+
+
+# --- rows --------------------------------------------------------------------------------------
+
+
+def test_a_photo_becomes_a_bitstream(codec: Codec) -> None:
+    data = png(1)
+    row = Compressor(codec, Settings.of(min_psnr=0), "all").row(item("a", len(data)), data)
+    assert (row.codec, row.width, row.height, row.channels) == ("vae", 96, 72, 3)
+    assert (row.quality, row.reason, row.error) == (50.0, None, None)
+    assert row.psnr is not None and len(row.data) < len(data)
+    assert codec.decode([row.data])[0].shape == (72, 96, 3)
+
+
+def test_below_the_floor_or_no_smaller_the_source_is_kept(codec: Codec) -> None:
+    data = png(1)
+    row = Compressor(codec, Settings.of(min_psnr=99)).row(item("a"), data)
+    assert (row.codec, row.data, row.reason) == ("source", data, "below the PSNR floor")
+    assert (row.width, row.height, row.source_format) == (96, 72, "PNG")
+
+    coded = codec.compress(pixels(1), quality=100).data
+    small = Compressor(codec, Settings.of(quality=100, min_psnr=0))
+    padding = b"\0" * max(0, len(coded) + 1 - len(data))
+    assert small.row(item("a"), data + padding).codec == "vae"
+    if len(data) <= len(coded):
+        assert small.row(item("a"), data).reason == "no smaller than the source"
+
+
+def test_a_bitstream_that_does_not_decode_to_the_photo_is_not_kept(
+    codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = png(1)
+    monkeypatch.setattr(codec, "decode", lambda blobs: [pixels(2)])
+    row = Compressor(codec, Settings.of(min_psnr=0), "all").row(item("a"), data)
+    assert (row.codec, row.data, row.reason) == ("source", data, "failed verification")
+    assert Compressor(codec, Settings.of(min_psnr=0), "none").row(item("a"), data).codec == "vae"
+
+
+def test_a_surprise_in_one_photo_is_that_photos_error(
+    codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(data: bytes, **options: Any) -> None:
+        raise RuntimeError("a bug\nin a decoder")
+
+    monkeypatch.setattr(images, "load", load)
+    row = Compressor(codec, Settings.of()).row(item("a"), b"bytes")
+    assert (row.codec, row.data) == ("source", b"bytes")
+    assert row.error == "cannot be compressed: RuntimeError: a bug in a decoder"
+
+
+def test_an_object_that_has_changed_since_it_was_listed_has_no_known_state() -> None:
+    listed = SourceObject("a", 0, "/a", "file:///a", Version(3, None, '"etag"'))
+    assert kept(listed, b"123").source_etag == '"etag"'
+    assert kept(listed, b"1234").source_etag is None
+
+
+def test_the_default_floor_follows_what_was_asked_for() -> None:
+    assert Settings.of().min_psnr == 30
+    assert Settings.of(quality=0).min_psnr == 20
+    assert Settings.of(quality=90).min_psnr == 30
+    assert Settings.of(target_psnr=28).min_psnr == 27
+    assert Settings.of(target_bpp=0.5).min_psnr == 30
+    assert Settings.of(min_psnr=0).min_psnr == 0
+
+
+# --- bytes -------------------------------------------------------------------------------------
+
+
+class Flaky(LocalFileSystem):  # type: ignore[misc]
+    """Fails the first `failures` reads of each path with an error that may pass."""
+
+    cachable = False
+
+    def __init__(self, failures: int) -> None:
+        super().__init__()
+        self.failures, self.tries = failures, dict[str, int]()
+
+    def cat_file(self, path: str, **options: Any) -> bytes:
+        self.tries[path] = self.tries.get(path, 0) + 1
+        if self.tries[path] <= self.failures:
+            raise TimeoutError("no answer")
+        data: bytes = super().cat_file(path, **options)
+        return data
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "_PAUSES", (0.0, 0.0, 0.0))
+
+
+def test_objects_come_in_order_whatever_memory_is_allowed(tmp_path: Path) -> None:
+    source = fill(tmp_path, [f"{i:02}.png" for i in range(40)])
+    (source / "07.png").unlink()
+    listing = list_sources([str(source)])
+    (source / "11.png").unlink()
+    for ahead in (1, 20_000, 1 << 30):
+        got = list(
+            fetch_all(listing.objects, listing.stores, max_object_bytes=1 << 30, ahead_bytes=ahead)
+        )
+        assert [one.item for one in got] == listing.objects
+        assert [one.item.key for one in got if one.data is None] == ["11.png"]
+        assert all(
+            one.data == (source / one.item.key).read_bytes() for one in got if one.data is not None
+        )
+
+
+@pytest.mark.usefixtures("hurried")
+def test_errors_that_pass_are_tried_again_and_others_told(tmp_path: Path) -> None:
+    listing = list_sources([str(fill(tmp_path, ["a.png", "b.png"]))])
+    patient = fetch_all(listing.objects, [Flaky(3)], max_object_bytes=1 << 30)
+    assert all(one.error is None for one in patient)
+    refused = list(fetch_all(listing.objects, [Flaky(4)], max_object_bytes=1 << 30))
+    assert [one.error for one in refused] == ["cannot be read: TimeoutError: no answer"] * 2
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_store_that_is_down_is_no_error_of_its_photos(tmp_path: Path) -> None:
+    listing = list_sources([str(fill(tmp_path, [f"{i}.png" for i in range(9)]))])
+    with pytest.raises(SourceError, match="no answer"):
+        list(fetch_all(listing.objects, [Flaky(99)], max_object_bytes=1 << 30))
+
+
+def test_an_object_over_the_cap_is_told_by_its_size(tmp_path: Path) -> None:
+    (tmp_path / "large").write_bytes(bytes(1001))
+    listing = list_sources([str(tmp_path)])
+    (got,) = fetch_all(listing.objects, listing.stores, max_object_bytes=1000)
+    assert got.data is None and "1001 bytes" in (got.error or "")
+
+
+# --- processes ---------------------------------------------------------------------------------
+
+
+class Deadly:
+    """Stands in for a compressor with a photo that no process survives."""
+
+    def row(self, item: SourceObject, data: bytes) -> Row:
+        if data == b"exit":
+            os._exit(7)
+        if data == b"segfault":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return kept(item, data, reason=str(os.getpid()))
+
+
+def never() -> Deadly:
+    """Dies before any photo."""
+    os._exit(9)
+
+
+def test_only_the_photo_that_kills_is_an_error() -> None:
+    with IsolatedCompressor(Deadly) as isolated:
+        rows = [isolated.row(item(text), text.encode()) for text in ("a", "exit", "b", "segfault")]
+        again = isolated.row(item("c"), b"c")
+    assert [row.data for row in rows] == [b"a", b"exit", b"b", b"segfault"]
+    assert rows[0].error is None and rows[2].error is None and again.error is None
+    assert "exit code 7" in (rows[1].error or "")
+    assert "signal SIGSEGV" in (rows[3].error or "")
+    assert rows[0].reason != str(os.getpid())
+
+
+def test_a_process_that_never_begins_is_no_photos_fault() -> None:
+    with (
+        pytest.raises(VaestreamError, match="before the first photo: exit code 9"),
+        IsolatedCompressor(never) as isolated,
+    ):
+        isolated.row(item("a"), b"a")
+
+
+@pytest.fixture
+def destination(tmp_path: Path) -> Iterator[str]:
+    yield str(tmp_path)
+    assert not list(tmp_path.glob(f"{JOB_FOLDER}/attempts/*"))
+
+
+def test_attempts_count_over_runs_and_end(destination: str) -> None:
+    fs = LocalFileSystem()
+    counted = [begin_attempt(fs, destination, "p", run) for run in ("one", "one", "two")]
+    assert counted == [0, 1, 2]
+    for expected in range(3, 2 + GIVE_UP_AFTER):
+        assert begin_attempt(fs, destination, "p", "two") == expected
+    with pytest.raises(VaestreamError, match="has killed its worker 5 times"):
+        begin_attempt(fs, destination, "p", "two")
+    assert begin_attempt(fs, destination, "p", "three") > 2
+    end_attempts(fs, destination, "p")
+    assert begin_attempt(fs, destination, "p", "four") == 0
+    end_attempts(fs, destination, "p")

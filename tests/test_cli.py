@@ -15,6 +15,7 @@ import pytest
 from archive_samples import commit, photo_rows, pixels, row, stand_in
 from archive_samples import png as plain_png
 from photos import fill, png
+from photos import pixels as noise
 from PIL import Image
 
 from vaestream import cli
@@ -95,6 +96,24 @@ def test_rows_with_errors_have_an_exit_code_of_their_own(
     assert (tmp_path / "out" / "broken.png").read_bytes() == broken
 
 
+def test_train_and_evaluate(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "new.safetensors"
+    photos.mkdir()
+    for seed in range(2):
+        Image.fromarray(noise(seed, 256, 256)).save(photos / f"{seed}.png")
+    assert cli.main(["train", str(photos), "--out", str(out), "--steps", "1"]) == cli.OK
+    assert capfd.readouterr().out.splitlines()[-1] == str(out)
+    arguments = ["--weights", str(out), "--qualities", "20,80", "--json"]
+    assert cli.main(["evaluate", str(photos), *arguments]) == cli.OK
+    curve = json.loads(capfd.readouterr().out)["curve"]
+    assert [point["quality"] for point in curve] == [20, 80]
+    plot = tmp_path / "curve.png"
+    pytest.importorskip("matplotlib")
+    assert cli.main(["evaluate", str(photos), *arguments[:-1], "--plot", str(plot)]) == cli.OK
+    with Image.open(plot) as image:
+        assert image.format == "PNG"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -126,6 +145,7 @@ def test_an_error_is_one_line_that_names_what_is_wrong(
         ["extract", "a", "b", "--format", "gif"],
         ["train", "a", "--out", "w"],
         ["evaluate", "a", "--qualities", "5,x"],
+        ["evaluate", "a", "--qualities", "5,101"],
     ],
 )
 def test_wrong_usage_is_told(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:

@@ -146,6 +146,7 @@ def extract(args: argparse.Namespace) -> int:
     """`vaestream extract`."""
     from vaestream.pipeline.extract import extract
 
+    _check_device(args.device)
     result = extract(
         _open(args),
         args.destination,
@@ -184,6 +185,7 @@ def train(args: argparse.Namespace) -> int:
     """`vaestream train`."""
     from vaestream.training.trainer import train
 
+    _check_device(args.device)
     path = train(
         args.photos,
         out=args.out,
@@ -198,9 +200,23 @@ def train(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     """`vaestream evaluate`."""
-    from vaestream.training.evaluate import evaluate
+    from vaestream.training.evaluate import evaluate, plot
 
-    evaluate(args.photos, weights=args.weights, qualities=args.qualities)
+    _check_device(args.device)
+    live = sys.stderr.isatty()
+    result = evaluate(
+        args.photos,
+        weights=args.weights,
+        qualities=args.qualities,
+        device=args.device,
+        progress=(lambda name: print(name, file=sys.stderr)) if live else None,
+    )
+    print(result.to_json() if args.json else result.table())
+    if args.plot is not None:
+        try:
+            plot(result, args.plot)
+        except ModuleNotFoundError as error:
+            raise VaestreamError(f"--plot: {error}; pip install 'vaestream[evaluate]'") from error
     return OK
 
 
@@ -306,9 +322,12 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _numbers(text: str) -> list[float]:
     try:
-        return [float(part) for part in text.split(",")]
+        numbers = [float(part) for part in text.split(",")]
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"no numbers with commas: {error}") from error
+    if not all(0 <= number <= 100 for number in numbers):
+        raise argparse.ArgumentTypeError("qualities lie between 0 and 100")
+    return numbers
 
 
 def _storage_argument(parser: argparse.ArgumentParser) -> None:
@@ -328,6 +347,13 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError("a JSON object is wanted")
     return value
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise VaestreamError("device cuda: there is no GPU here that torch can use")
 
 
 def _open(args: argparse.Namespace) -> "Archive":

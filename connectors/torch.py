@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
@@ -24,7 +25,8 @@ class ArchiveDataset(Dataset[Any]):
     (a crop or a resize) or collate into a list. A DataLoader asks for a batch at once, which is one
     batched read and one batched decode.
 
-    keys: all rows without an error by default. transform: from tensor to anything; picklable where
+    keys: by default all photos, which leaves out broken ones and objects that are no pictures this
+    package reads. transform: from tensor to anything; picklable where
     workers are spawned. device: where photos are decoded; with workers it stays at "cpu". The
     dataset pickles without open files, so it works under spawn as under fork.
 
@@ -46,8 +48,9 @@ class ArchiveDataset(Dataset[Any]):
         self.archive = archive
         self.transform = transform
         if keys is None:
-            whole = archive.index["error"].is_null()
-            keys = archive.index["key"].filter(whole).to_pylist()
+            index = archive.index
+            photos = index.filter(pc.and_(index["error"].is_null(), index["width"].is_valid()))
+            keys = photos["key"].to_pylist()
         self.keys: list[str] = list(keys)
 
     def __len__(self) -> int:

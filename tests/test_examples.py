@@ -38,9 +38,8 @@ def archive(local_ray: Path, weights: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def test_read_archive(archive: Path) -> None:
-    archive_with_photos_only = archive
-    told = run("read_archive.py", archive_with_photos_only)
-    assert "4 photos" in told and "a.png (72, 96, 3)" in told
+    told = run("read_archive.py", archive)
+    assert "4 objects, 3 of them photos" in told and "a.png (72, 96, 3)" in told
 
 
 def test_torch_dataloader(archive: Path) -> None:

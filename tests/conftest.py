@@ -67,3 +67,28 @@ def weights(codec: "Codec", tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     path.write_bytes(codec.weights)
     return path
+
+
+@pytest.fixture(scope="session")
+def codec() -> "Codec":
+    """A small untrained model: the DCT it starts from codes photos well enough for tests."""
+    import torch
+
+    from vaestream.codec import Codec
+    from vaestream.codec.hyperprior import Hyperprior, ModelConfig
+    from vaestream.codec.weights import export_weights
+
+    torch.manual_seed(0)
+    config = ModelConfig(
+        latent=128,
+        hyper=8,
+        width8=16,
+        width16=16,
+        analysis_blocks8=1,
+        analysis_blocks16=1,
+        synthesis_blocks8=1,
+        synthesis_blocks16=1,
+        mean_width=8,
+        scale_width=8,
+    )
+    return Codec(export_weights(Hyperprior(config)), torch.device("cpu"), torch.float32)

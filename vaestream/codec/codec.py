@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -17,7 +17,7 @@ from vaestream.errors import ModelMismatchError, WeightsError
 
 from .bitstream import MAX_SIDE, MODEL_ID_BYTES, Header, pack, unpack
 from .hyperprior import HYPER_STRIDE
-from .networks import Networks, best_dtype
+from .networks import Networks, SideInformation, best_dtype
 from .rate_control import rounding_offsets, sample_patches, solve_quality
 from .streams import decode_tile, decode_z, encode_tile, encode_z
 from .weights import import_weights
@@ -156,6 +156,30 @@ class Codec:
         with torch.autocast(self.device.type, enabled=False):
             return [self._decode_one(blob) for blob in blobs]
 
+    @torch.inference_mode()
+    def count_symbols(self, image: NDArray[np.uint8], quality: float) -> list[NDArray[np.int64]]:
+        """How often each table codes each symbol in a picture, for calibrating the tables.
+
+        One array a table: counts of the symbols -r..r that the table holds, and of all others.
+        """
+        _check_image(image)
+        height, width = image.shape[:2]
+        header = Header(width, height, 3, quality, self.model_id[: 2 * MODEL_ID_BYTES])
+        with torch.autocast(self.device.type, enabled=False):
+            q = self.networks.quality(quality)
+            y = self._analyse(image, quality).mul_(self.networks.gain(q))
+            side = self.networks.side_information(self.networks.hyper_analyse(y), q)
+            counts = [np.zeros(len(t.counts), np.int64) for t in self._y_tables]
+            for _, _, index, symbols in self._quantised_tiles(y, side, header):
+                flat = symbols.to(torch.int32).flatten().cpu().numpy()
+                number = index.flatten().cpu().numpy()
+                for i in np.unique(number):
+                    table = self._y_tables[i]
+                    category = flat[number == i] - table.low
+                    category[(category < 0) | (category > table.escape)] = table.escape
+                    counts[i] += np.bincount(category, minlength=len(counts[i]))
+        return counts
+
     def _encode_to_rate(self, image: NDArray[np.uint8], bpp: float, *, measure: bool) -> Encoded:
         """Search with the latents of one analysis, rescaled; then settle on true encodings."""
         if not bpp > 0:
@@ -245,10 +269,7 @@ class Codec:
         side = self.networks.side_information(z_hat, q)
         z_stream = encode_z(z_hat[0].cpu().numpy(), self._tables_of_z(quality))
         streams = []
-        for top, left, bottom, right in header.tiles():
-            mean, index = side.tile(top, left, bottom, right)
-            tile = y[top:bottom, left:right]
-            symbols = self._quantise(tile - mean, index)
+        for tile, mean, index, symbols in self._quantised_tiles(y, side, header):
             streams.append(
                 encode_tile(
                     symbols.to(torch.int32).flatten().cpu().numpy(),
@@ -265,10 +286,19 @@ class Codec:
             psnr = _psnr(pixels, decoded if channels == 3 else _to_gray(decoded))
         return Encoded(pack(header, z_stream, streams), quality, psnr)
 
-    def _quantise(self, residual: Tensor, index: Tensor) -> Tensor:
-        """Round with a dead zone that is wider where a symbol other than zero is dearer."""
-        offset = self._rounding[index.int()]
-        return torch.copysign(torch.floor(residual.abs() + offset), residual)
+    def _quantised_tiles(
+        self, y: Tensor, side: SideInformation, header: Header
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """(view of y, mean, table index, symbols) of every tile.
+
+        Symbols are rounded with a dead zone that is wider where leaving zero is dearer.
+        """
+        for top, left, bottom, right in header.tiles():
+            mean, index = side.tile(top, left, bottom, right)
+            tile = y[top:bottom, left:right]
+            residual = tile - mean
+            magnitude = torch.floor(residual.abs() + self._rounding[index.int()])
+            yield tile, mean, index, torch.copysign(magnitude, residual)
 
     def _decode_one(self, blob: bytes) -> NDArray[np.uint8]:
         stream = unpack(blob)
@@ -350,6 +380,6 @@ def _psnr(a: Tensor, b: Tensor) -> float:
     """Peak signal-to-noise ratio of two uint8 tensors, in dB."""
     total = sum(
         float((x.float() - y.float()).square().sum(dtype=torch.float64))
-        for x, y in zip(a.split(512), b.split(512), strict=True)
+        for x, y in zip(torch.split(a, 512), torch.split(b, 512), strict=True)
     )
     return 10 * math.log10(255**2 * a.numel() / total) if total else math.inf

@@ -20,8 +20,6 @@ from numpy.typing import NDArray
 
 from vaestream.errors import BitstreamError
 
-_Model = constriction.stream.model.Categorical
-_Coder = constriction.stream.stack.AnsCoder
 
 
 @dataclass(frozen=True)
@@ -37,9 +35,11 @@ class Table:
         return len(self.counts) - 1
 
     @cached_property
-    def model(self) -> _Model:
+    def model(self) -> constriction.stream.model.Categorical:
         # `perfect` is given always: its default differs between releases, and so would the bits.
-        return _Model(self.counts.astype(np.float64), perfect=False)
+        return constriction.stream.model.Categorical(
+            self.counts.astype(np.float64), perfect=False
+        )
 
 
 class GroupEncoder:
@@ -60,13 +60,14 @@ class GroupEncoder:
 
     def finish(self) -> bytes:
         """The stream: number of escapes (varint), their values (zigzag varints), ANS words."""
-        coder = _Coder()
+        coder = constriction.stream.stack.AnsCoder()
         for table, categories in reversed(self._groups):
             coder.encode_reverse(categories, table.model)
         head = bytearray(write_varint(len(self._escapes)))
         for value in self._escapes:
             head += write_varint((value << 1) ^ (value >> 63))
-        return bytes(head) + coder.get_compressed().astype("<u4").tobytes()
+        words: NDArray[np.uint32] = coder.get_compressed()
+        return bytes(head) + words.astype("<u4").tobytes()
 
 
 class GroupDecoder:
@@ -84,7 +85,9 @@ class GroupDecoder:
             raise BitstreamError("an entropy-coded stream does not end on a 32-bit word")
         self._escapes = escapes
         self._used = 0
-        self._coder = _Coder(np.frombuffer(data, "<u4", offset=at).astype(np.uint32))
+        self._coder = constriction.stream.stack.AnsCoder(
+            np.frombuffer(data, "<u4", offset=at).astype(np.uint32)
+        )
 
     def take(self, count: int, table: Table) -> NDArray[np.int32]:
         """The next group: (count,) int32."""

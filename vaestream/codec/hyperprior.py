@@ -1,8 +1,8 @@
 """The mean-scale hyperprior: one network for every quality, its scale branch in integers.
 
-    x ─g_a─▶ y ─×gain(quality)─┬────────────(─ mean)─▶ round ─▶ s ══ coded ══▶ s + mean ─÷gain─▶ g_s ─▶ x_hat
-                               └─h_a─▶ z ─round─▶ z_hat ══ coded ══▶ h_s ─▶ mean   (float)
-                                                                     └───▶ index  (integers)
+    x ─g_a─▶ y ─×gain─┬─────────(─ mean)─▶ round ─▶ s ══ coded ══▶ s + mean ─÷gain─▶ g_s ─▶ x_hat
+                      └─h_a─▶ z ─round─▶ z_hat ══ coded ══▶ h_s ─▶ mean   (float)
+                                                             └───▶ index  (integers)
 
 The index of the probability table of every symbol s comes out of `ScaleBranch`, in which every
 value is an integer, so that encoder and decoder agree on it on any device, for ever. The mean is
@@ -99,7 +99,8 @@ class HyperAnalysis(nn.Module):
         y = torch.sign(y) * torch.log1p(y.abs())
         hidden = F.relu(self.reduce(y.to(self.reduce.weight.dtype)))
         hidden = F.relu(self.down1(hidden))
-        return self.down2(hidden).float()
+        z: Tensor = self.down2(hidden).float()
+        return z
 
 
 class MeanBranch(nn.Module):

@@ -45,7 +45,7 @@ class Networks:
         self, weights: Weights, device: torch.device, dtype: torch.dtype, *, window: int
     ) -> None:
         """window: side, in latents, of the largest piece computed at once."""
-        self.model = weights.model.to(device, memory_format=torch.channels_last)
+        self.model = weights.model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.config = self.model.config
         self.device = device
         self._window = window

@@ -79,15 +79,16 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.relu(self.reduce(x), inplace=True)
         hidden = F.relu(self.mix(hidden), inplace=True)
-        return self.expand(hidden).add_(x)
+        out: Tensor = self.expand(hidden)
+        return out.add_(x)
 
 
 def dct_basis(latent_channels: int) -> Tensor:
     """Rows of an orthonormal 16x16x3 transform: DCT-II in space, a luma-chroma rotation in colour.
 
     Returns (latent_channels, 768) float32, columns ordered as two `space_to_depth(x, 4)` in a row
-    order them. Three quarters of the rows are luma, the rest split between the two chroma axes, each
-    from low to high frequency.
+    order them. Three quarters of the rows are luma, the rest split between the two chroma axes,
+    each from low to high frequency.
     """
     n = torch.arange(STRIDE, dtype=torch.float64)
     dct = torch.cos(math.pi * (n[None, :] + 0.5) * n[:, None] / STRIDE) * math.sqrt(2 / STRIDE)
@@ -142,7 +143,8 @@ class Analysis(nn.Module):
         hidden = F.relu(hidden + self.condition(quality).to(hidden.dtype))
         hidden = self.blocks8(hidden)
         hidden = self.blocks16(self.down(hidden))
-        return y + self.project(hidden).float() * 16
+        correction: Tensor = self.project(hidden)
+        return y + correction.float() * 16
 
 
 class Synthesis(nn.Module):
@@ -178,7 +180,8 @@ class Synthesis(nn.Module):
         hidden = self.up(self.blocks16(hidden))
         hidden = self.blocks8(depth_to_space(hidden, 2))
         hidden = F.relu(depth_to_space(self.expand(hidden), 2), inplace=True)
-        return linear + self.head(hidden).float() * 16
+        correction: Tensor = self.head(hidden)
+        return linear + correction.float() * 16
 
 
 def receptive_radius(blocks8: int, blocks16: int) -> int:

@@ -7,7 +7,7 @@ hardware has it are stored in bfloat16; the scale branch in the integers it comp
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -38,6 +38,7 @@ _VERSION = "1"
 _BFLOAT16_PARTS = ("g_a.", "g_s.", "h_a.")
 _SCALE_LAYERS = ("up1", "up2", "project")
 _TOTAL_COUNT = 1 << 22
+_PRIOR_STRENGTH = 32.0  # symbols of prior for every symbol a table holds
 _TAIL = 6.0  # a table reaches this many standard deviations; beyond it is the escape
 
 
@@ -58,12 +59,12 @@ class Weights:
 
 
 def export_weights(
-    model: Hyperprior, y_histograms: Mapping[int, NDArray[np.int64]] | None = None
+    model: Hyperprior, symbol_counts: Sequence[NDArray[np.int64]] | None = None
 ) -> bytes:
     """Bytes of a weights file. The model is on the CPU.
 
-    y_histograms: by scale index, counts of the symbols -r..r as a collection of photos gave them;
-    the table of that index then follows them instead of the Gaussian of the scale.
+    symbol_counts: what `Codec.count_symbols` gave, summed over photos and qualities; the tables
+    then follow it instead of the Gaussian of their scale.
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
@@ -74,8 +75,11 @@ def export_weights(
     for name, (weight, _, _) in zip(_SCALE_LAYERS, model.h_s_scale.integer_layers(), strict=True):
         tensors[f"h_s_scale.{name}.weight"] = weight.to(torch.int8).contiguous()
     y_tables = _gaussian_tables()
-    for index, histogram in (y_histograms or {}).items():
-        y_tables[index] = _empirical_table(y_tables[index], histogram)
+    if symbol_counts is not None:
+        y_tables = [
+            _empirical_table(table, counts)
+            for table, counts in zip(y_tables, symbol_counts, strict=True)
+        ]
     tensors.update(_pack_tables("tables.y", y_tables))
     tensors.update(_pack_tables("tables.z", [t for node in _z_tables(model) for t in node]))
     metadata = {
@@ -131,18 +135,12 @@ def _gaussian_tables() -> list[Table]:
     return tables
 
 
-def _empirical_table(gaussian: Table, histogram: NDArray[np.int64]) -> Table:
-    """The symmetrised histogram, smoothed where it is thin by a little of the Gaussian."""
-    radius = -gaussian.low
-    centre = len(histogram) // 2
-    reach = min(radius, centre)
-    seen = np.zeros(2 * radius + 1)
-    seen[radius - reach : radius + reach + 1] = histogram[centre - reach : centre + reach + 1]
-    seen = seen + seen[::-1]
-    prior = gaussian.counts[:-1] / gaussian.counts[:-1].sum()
-    strength = 256.0 * (2 * radius + 1)
-    outside = 2 * (histogram.sum() - seen.sum() / 2)
-    mass = (seen + strength * prior) / (seen.sum() + strength + outside)
+def _empirical_table(gaussian: Table, counts: NDArray[np.int64]) -> Table:
+    """Symmetrised counts, filled up with a little of the Gaussian where they are thin."""
+    seen = (counts[:-1] + counts[-2::-1]) / 2
+    prior = gaussian.counts[:-1] / gaussian.counts.sum()
+    strength = _PRIOR_STRENGTH * len(seen)
+    mass = (seen + strength * prior) / (counts.sum() + strength)
     return Table(gaussian.low, _counts(mass))
 
 

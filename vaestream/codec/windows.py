@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -47,4 +48,4 @@ def windows(rows: int, columns: int, *, size: int, halo: int) -> Iterator[Window
 def _spans(length: int, size: int) -> list[tuple[int, int]]:
     count = -(-length // size)
     edges = [length * i // count for i in range(count + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from vaestream.codec.hyperprior import Hyperprior, ModelConfig
-from vaestream.codec.weights import export_weights, import_weights
+from vaestream.codec.weights import import_weights
 from vaestream.errors import WeightsError
 
+from .calibration import calibrated_weights
 from .data import PhotoSet, list_photos, load_photos
 from .objective import rate_distortion
 
@@ -87,7 +88,8 @@ def train(
         model = import_weights(Path(init).read_bytes()).model
     else:
         model = Hyperprior(config or ModelConfig())
-    model.to(torch_device, memory_format=torch.channels_last)
+    model.to(torch_device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     run = _Run(model, settings, minutes, steps, linear_start=init is None)
     checkpoint = out.with_name(out.name + ".checkpoint")
     if checkpoint.exists():
@@ -130,7 +132,7 @@ def train(
                 saved = time.monotonic()
         record(_validate(run.model, validation, run, torch_device))
     run.save(checkpoint)
-    _write_atomically(out, export_weights(run.model.cpu().eval()))
+    _write_atomically(out, calibrated_weights(run.model.cpu().eval(), training))
     checkpoint.unlink()
     return out
 
@@ -271,7 +273,7 @@ def _validate(
     for quality in _VALIDATION_QUALITIES:
         torch.manual_seed(0)  # the same noise every time, so that curves compare
         bpp, psnr = [], []
-        for x in x_all.split(8):
+        for x in torch.split(x_all, 8):
             x = x.to(device, memory_format=torch.channels_last)
             q = torch.full((len(x),), quality, device=device)
             with torch.autocast(device.type, torch.bfloat16):

@@ -29,15 +29,13 @@ def encode_tile(symbols: NDArray[np.int32], index: NDArray[np.uint8], tables: li
     The first byte is the number of tables, from the narrowest, that the tile does not use: all
     its symbols there are zero and are not coded.
     """
-    nonzero = index[symbols != 0]
-    skip = int(nonzero.min()) if len(nonzero) else len(tables)
-    order = _coding_order(index, skip)
+    skip = int(index[symbols != 0].min(initial=len(tables)))
+    order, ends = _coding_order(index, skip, len(tables))
     ordered = symbols[order]
     encoder = GroupEncoder()
-    at = 0
-    for number, count in _groups(index, skip, len(tables)):
-        encoder.add(ordered[at : at + count], tables[number])
-        at += count
+    for table, start, end in zip(tables, ends[:-1], ends[1:], strict=True):
+        if end > start:
+            encoder.add(ordered[start:end], table)
     return bytes([skip]) + encoder.finish()
 
 
@@ -47,22 +45,25 @@ def decode_tile(data: bytes, index: NDArray[np.uint8], tables: list[Table]) -> N
         raise BitstreamError("a tile's stream has no valid first byte")
     skip = data[0]
     symbols = np.zeros(len(index), np.int32)
+    order, ends = _coding_order(index, skip, len(tables))
+    ordered = np.empty(len(order), np.int32)
     decoder = GroupDecoder(data[1:])
-    parts = [
-        decoder.take(count, tables[number]) for number, count in _groups(index, skip, len(tables))
-    ]
-    if parts:
-        symbols[_coding_order(index, skip)] = np.concatenate(parts)
+    for table, start, end in zip(tables, ends[:-1], ends[1:], strict=True):
+        if end > start:
+            ordered[start:end] = decoder.take(end - start, table)
+    symbols[order] = ordered
     return symbols
 
 
-def _groups(index: NDArray[np.uint8], skip: int, tables: int) -> list[tuple[int, int]]:
-    """(table, number of symbols) of every table in use, in coding order."""
-    counts = np.bincount(index, minlength=tables)
-    return [(t, int(counts[t])) for t in range(skip, tables) if counts[t]]
+def _coding_order(
+    index: NDArray[np.uint8], skip: int, tables: int
+) -> tuple[NDArray[np.intp], list[int]]:
+    """Positions of the coded symbols, by table and within a table as they stand.
 
-
-def _coding_order(index: NDArray[np.uint8], skip: int) -> NDArray[np.intp]:
-    """Positions of the coded symbols: by table, within a table as they stand."""
+    With them, where each table's run begins, and the end of the last: tables + 1 numbers.
+    """
     coded = np.flatnonzero(index >= skip)
-    return coded[np.argsort(index[coded], kind="stable")]
+    used = index[coded]
+    order = np.argsort(used, kind="stable")  # a radix sort, for bytes
+    ends = np.searchsorted(used[order], np.arange(tables + 1))
+    return coded[order], ends.tolist()

@@ -1,5 +1,6 @@
 """The job on a real Ray: every object gets its row, whatever happens in between."""
 
+import io
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 from photos import fill, png
+from PIL import Image, ImageOps
 
 import vaestream
 from vaestream.archive.manifest import read_manifest
@@ -281,3 +283,26 @@ def test_workers_follow_from_what_the_cluster_has() -> None:
         plan_pool(cpus, shards=1, device="cuda")
     with pytest.raises(VaestreamError, match="at least 1"):
         plan_pool(cpus, shards=1, workers=0)
+
+
+@pytest.mark.parametrize("folder", ["odd", "camera"])
+def test_files_from_the_wild(
+    run: Callable[..., Summary], tmp_path: Path, shared: Path, folder: str
+) -> None:
+    source = shared / "photos" / folder
+    names = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
+    summary = run(source, tmp_path / "archive", shard_images=64, verify="none")
+    archive = vaestream.open(str(tmp_path / "archive"))
+    rows = list(archive.rows())
+    assert {row.key for row in rows} == names and summary.objects == len(rows) == len(names)
+    assert summary.photos + sum(summary.kept.values()) + sum(summary.errors.values()) == len(names)
+    for row in rows:
+        original = (source / row.key).read_bytes()
+        if row.codec == "source":
+            assert archive.blob(row.key) == original, row.key
+            assert (row.reason is None) != (row.error is None), row.key
+        else:
+            with Image.open(io.BytesIO(original)) as image:
+                upright = ImageOps.exif_transpose(image)
+            assert (row.width, row.height) == upright.size, row.key
+            assert archive.payloads([row.key])[0].icc == image.info.get("icc_profile"), row.key

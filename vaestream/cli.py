@@ -248,7 +248,12 @@ def _compress_arguments(parser: argparse.ArgumentParser) -> None:
     rate.add_argument("--quality", type=float, metavar="Q", help="0 to 100 (default 50)")
     rate.add_argument("--target-bpp", type=float, metavar="B", help="bits per pixel of each photo")
     rate.add_argument("--target-psnr", type=float, metavar="D", help="dB of each photo")
-    add("--min-psnr", type=float, metavar="D", help="keep the source of photos below (see docs)")
+    add(
+        "--min-psnr",
+        type=float,
+        metavar="D",
+        help="keep the source below (30; less below quality 50)",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--workers", type=int, metavar="N", help="default: one a CPU, or four a GPU")
     add("--gpus-per-worker", type=float, metavar="F", help="share of a GPU (default 0.25)")

@@ -172,6 +172,8 @@ class Destination:
         if self.manifest and self.manifest.model_id not in (None, self.model_id):
             with suppress(FileNotFoundError):
                 self.fs.rm_file(model_path(self.root, str(self.manifest.model_id)))
+        # Workers have written there, which this process's cached listings don't show.
+        self.fs.invalidate_cache()
         with suppress(FileNotFoundError):
             self.fs.rm(join(self.root, JOB_FOLDER), recursive=True)
         self.manifest = manifest

@@ -285,8 +285,8 @@ def _run(shards: Sequence[Shard], spec: WorkerSpec, pool: Pool) -> Iterator[Part
             raise _cause(error) from error
 
 
-def _cause(error: BaseException) -> BaseException:
-    """vaestream's own error inside what Ray makes of it, or Ray's error as it is."""
+def _cause(error: BaseException) -> VaestreamError:
+    """vaestream's own error inside what Ray makes of it, or one that tells what Ray says."""
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:
@@ -300,7 +300,8 @@ def _cause(error: BaseException) -> BaseException:
             again: VaestreamError = kind(*found.args)
             return again
         waiting += [found.__cause__, found.__context__, getattr(found, "cause", None)]
-    return error
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return VaestreamError(f"the Ray job failed: {lines[-1]}")
 
 
 @contextmanager

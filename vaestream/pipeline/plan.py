@@ -122,6 +122,8 @@ def list_sources(
         fs, path = store_of(text, storage_options)
         if fs not in stores:
             stores.append(fs)
+            # A listing of an earlier run in this process would hide what is new.
+            fs.invalidate_cache()
         store = stores.index(fs)
         source = _Source(text, "")
         source.folder, entries = _entries(fs, path, text)

@@ -23,7 +23,10 @@ WINDOWS = ((29.0, 36.5), (36.0, 40.0))
 
 
 def bd_rate(
-    bpp: list[float], psnr: list[float], ref_bpp: list[float], ref_psnr: list[float],
+    bpp: list[float],
+    psnr: list[float],
+    ref_bpp: list[float],
+    ref_psnr: list[float],
     window: tuple[float, float],
 ) -> float | None:
     """Mean rate difference in percent at equal PSNR; None where a curve misses the window.

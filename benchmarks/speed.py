@@ -16,6 +16,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,8 @@ def main() -> None:
         same_rate = codec.compress(pixels, target_bpp=PEER_BPP, measure=False).quality
         for quality in (same_rate, 90.0):
             repeats = 8 if megapixels < 4 else 4
-            encode, blobs = best(lambda q=quality: codec.encode([pixels], q), repeats)
-            decode, _ = best(lambda b=blobs: codec.decode(b), repeats)
+            encode, blobs = best(partial(codec.encode, [pixels], quality), repeats)
+            decode, _ = best(partial(codec.decode, blobs), repeats)
             rates = [megapixels / encode, megapixels / decode]
             ratio = ["", ""]
             if reference is not None:

@@ -76,7 +76,7 @@ def codec() -> "Codec":
 
     from vaestream.codec import Codec
     from vaestream.codec.hyperprior import Hyperprior, ModelConfig
-    from vaestream.codec.weights import export_weights
+    from vaestream.codec.weights_file import export_weights
 
     torch.manual_seed(0)
     config = ModelConfig(

@@ -20,7 +20,7 @@ from .hyperprior import HYPER_STRIDE
 from .networks import Networks, SideInformation, best_dtype
 from .rate_control import rounding_offsets, sample_patches, solve_quality
 from .streams import decode_tile, decode_z, encode_tile, encode_z
-from .weights import import_weights
+from .weights_file import import_weights
 
 _WINDOW_PIXELS = 2048
 _SEARCH_QUALITY = 50.0

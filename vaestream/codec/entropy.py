@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from vaestream.errors import BitstreamError
 
 
-
 @dataclass(frozen=True)
 class Table:
     """Counts of the symbols low, low+1, ...; the last count is that of the escape."""
@@ -37,9 +36,7 @@ class Table:
     @cached_property
     def model(self) -> constriction.stream.model.Categorical:
         # `perfect` is given always: its default differs between releases, and so would the bits.
-        return constriction.stream.model.Categorical(
-            self.counts.astype(np.float64), perfect=False
-        )
+        return constriction.stream.model.Categorical(self.counts.astype(np.float64), perfect=False)
 
 
 class GroupEncoder:
@@ -93,14 +90,13 @@ class GroupDecoder:
         """The next group: (count,) int32."""
         categories = self._coder.decode(table.model, count)
         symbols: NDArray[np.int32] = categories + np.int32(table.low)
-        if self._escapes:
-            outside = np.flatnonzero(categories == table.escape)
-            if len(outside):
-                values = self._escapes[self._used : self._used + len(outside)]
-                if len(values) < len(outside):
-                    raise BitstreamError("an entropy-coded stream has too few escape values")
-                symbols[outside] = values
-                self._used += len(outside)
+        outside = np.flatnonzero(categories == table.escape)
+        if len(outside):
+            values = self._escapes[self._used : self._used + len(outside)]
+            if len(values) < len(outside):
+                raise BitstreamError("an entropy-coded stream has too few escape values")
+            symbols[outside] = values
+            self._used += len(outside)
         return symbols
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .exact import ExactScaleBranch
 from .hyperprior import HYPER_STRIDE, Z_LIMIT
 from .transforms import STRIDE, depth_to_space, space_to_depth
-from .weights import Weights
+from .weights_file import Weights
 from .windows import windows
 
 _LATENTS_PER_Z = HYPER_STRIDE // STRIDE
@@ -63,7 +63,8 @@ class Networks:
 
     def gain(self, quality: Tensor) -> Tensor:
         """(latent,) float32: latents times this are coded with step 1."""
-        return self.model.gain(quality).flatten()
+        gain: Tensor = self.model.gain(quality)
+        return gain.flatten()
 
     def analyse(self, pixels: Tensor, quality: Tensor) -> Tensor:
         """(H, W, 3) uint8 -> y, (rows, columns, latent) float32, not scaled by the gain.

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from vaestream.codec import Codec
 from vaestream.codec.hyperprior import Hyperprior
-from vaestream.codec.weights import export_weights
+from vaestream.codec.weights_file import export_weights
 
 from .data import PhotoSet
 

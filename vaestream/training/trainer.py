@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vaestream.codec.hyperprior import Hyperprior, ModelConfig
-from vaestream.codec.weights import import_weights
+from vaestream.codec.weights_file import import_weights
 from vaestream.errors import WeightsError
 
 from .calibration import calibrated_weights
@@ -85,7 +85,7 @@ def train(
     )
     torch.manual_seed(settings.seed)
     if init is not None:
-        model = import_weights(Path(init).read_bytes()).model
+        model = _load_model(Path(init))
     else:
         model = Hyperprior(config or ModelConfig())
     model.to(torch_device)
@@ -284,6 +284,15 @@ def _validate(
         curve.append([round(float(torch.cat(v).mean()), 4) for v in (bpp, psnr)])
     torch.manual_seed(run.step)
     return {"step": run.step, "seconds": round(run.seconds, 1), "validation": curve}
+
+
+def _load_model(path: Path) -> Hyperprior:
+    """The networks of a weights file, ready to learn. Raises WeightsError naming the file."""
+    try:
+        model = import_weights(path.read_bytes()).model
+    except (OSError, WeightsError) as error:
+        raise WeightsError(f"{path}: {error}") from error
+    return model.train().requires_grad_(True)
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

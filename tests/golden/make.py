@@ -1,0 +1,31 @@
+"""Write the golden files. Run by hand, and only when a new format version starts."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vaestream.codec import Codec
+from vaestream.codec.hyperprior import Hyperprior, ModelConfig
+from vaestream.codec.weights_file import export_weights
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from test_codec import GOLDEN, photo_like
+
+torch.manual_seed(1)
+model = Hyperprior(ModelConfig(16, 4, 8, 8, 1, 1, 1, 1, 4, 4))
+with torch.no_grad():  # so that every path contributes, as in a trained model
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.02)
+weights = export_weights(model)
+(GOLDEN / "tiny.safetensors").write_bytes(weights)
+codec = Codec(weights, torch.device("cpu"), torch.float32)
+for name, image, quality in (
+    ("gray", photo_like(45, 70, channels=1), 33.33),
+    ("colour", photo_like(70, 45), 80.0),
+    ("tiles", photo_like(20, 530), 100.0),
+):
+    (blob,) = codec.encode([image], quality)
+    (GOLDEN / f"{name}.vst").write_bytes(blob)
+    np.save(GOLDEN / f"{name}.npy", codec.decode([blob])[0])

@@ -1,0 +1,251 @@
+"""What a user of the codec relies on."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from vaestream.codec import Codec, check, read_header
+from vaestream.errors import BitstreamError, ModelMismatchError, VaestreamError, WeightsError
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def photo_like(height: int, width: int, seed: int = 0, channels: int = 3) -> NDArray[np.uint8]:
+    """Smooth shapes with some texture, (height, width[, 3]) uint8."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    waves = [
+        np.sin(x / rng.uniform(5, 60) + rng.uniform(0, 6)) * np.cos(y / rng.uniform(5, 60))
+        for _ in range(channels)
+    ]
+    picture = 128 + 70 * np.stack(waves, axis=2) + rng.normal(0, 4, (height, width, channels))
+    pixels = picture.clip(0, 255).astype(np.uint8)
+    return pixels if channels == 3 else pixels[:, :, 0]
+
+
+def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
+    error = np.mean((a.astype(float) - b) ** 2)
+    return float(10 * np.log10(255**2 / error)) if error else float("inf")
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 3), (1, 1), (5, 300, 3), (64, 64), (100, 75, 3), (513, 700, 3), (600, 40)]
+)
+def test_every_size_comes_back_in_its_shape(codec: Codec, shape: tuple[int, ...]) -> None:
+    image = photo_like(shape[0], shape[1], channels=3 if len(shape) == 3 else 1)
+    (decoded,) = codec.decode(codec.encode([image], 90))
+    assert decoded.shape == image.shape and decoded.dtype == np.uint8
+    assert psnr(image, decoded) > 25
+
+
+def test_the_measured_psnr_is_that_of_the_decoded_picture(codec: Codec) -> None:
+    image = photo_like(200, 333)
+    encoded = codec.compress(image, quality=60)
+    assert encoded.psnr == pytest.approx(psnr(image, codec.decode([encoded.data])[0]), abs=1e-6)
+
+
+def test_rate_and_psnr_rise_with_quality(codec: Codec) -> None:
+    image = photo_like(256, 256)
+    made = [codec.compress(image, quality=q) for q in (0, 20, 40, 60, 80, 100)]
+    sizes = [len(e.data) for e in made]
+    assert sizes == sorted(sizes)
+    assert [e.psnr for e in made] == sorted(e.psnr or 0 for e in made)
+
+
+def test_a_bitstream_does_not_depend_on_its_neighbours(codec: Codec) -> None:
+    images = [photo_like(97, 120, 1), photo_like(64, 64, 2), photo_like(300, 150, 3, channels=1)]
+    alone = [codec.encode([i], 70)[0] for i in images]
+    assert codec.encode(images, 70) == alone
+    assert codec.encode(images[::-1], 70) == alone[::-1]
+    together = codec.decode(alone)
+    for blob, picture in zip(alone, together, strict=True):
+        assert np.array_equal(codec.decode([blob])[0], picture)
+
+
+def test_symbols_far_outside_the_tables_survive(codec: Codec) -> None:
+    """A checkerboard of extremes at the highest quality: an untrained model predicts none of it."""
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[::2, ::2] = 255
+    image[16:32] = 255
+    encoded = codec.compress(image, quality=100)
+    assert encoded.psnr == pytest.approx(psnr(image, codec.decode([encoded.data])[0]), abs=1e-6)
+
+
+def test_target_bpp_is_met_and_not_passed(codec: Codec) -> None:
+    image = photo_like(384, 384)
+    low, high = (len(codec.encode([image], q)[0]) * 8 / (384 * 384) for q in (10, 90))
+    for target in (0.8 * low + 0.2 * high, 0.3 * low + 0.7 * high):
+        bpp = len(codec.compress(image, target_bpp=target).data) * 8 / (384 * 384)
+        assert 0.97 * target <= bpp <= target
+
+
+def test_target_psnr_is_reached_at_little_more(codec: Codec) -> None:
+    image = photo_like(384, 384)
+    middle = codec.compress(image, quality=40).psnr
+    assert middle is not None
+    encoded = codec.compress(image, target_psnr=middle)
+    assert encoded.psnr is not None and middle <= encoded.psnr < middle + 0.2
+
+
+def test_a_target_out_of_reach_gives_the_end_of_the_range(codec: Codec) -> None:
+    image = photo_like(128, 128)
+    assert codec.compress(image, target_psnr=99).quality == 100
+    assert codec.compress(image, target_bpp=0.001).quality == 0
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((8, 8, 4), np.uint8),
+        np.zeros((8, 8, 3), np.float32),
+        np.zeros((0, 8, 3), np.uint8),
+        np.zeros(8, np.uint8),
+    ],
+)
+def test_what_is_no_picture_is_refused(codec: Codec, image: NDArray[np.uint8]) -> None:
+    with pytest.raises(ValueError):
+        codec.encode([image])
+
+
+def test_quality_outside_the_range_is_refused(codec: Codec) -> None:
+    for quality in (-1, 100.5, float("nan")):
+        with pytest.raises(ValueError, match="quality"):
+            codec.encode([photo_like(16, 16)], quality)
+
+
+def test_the_header_reads_without_a_model(codec: Codec) -> None:
+    (blob,) = codec.encode([photo_like(30, 50)], 12.34)
+    header = read_header(blob[:64])
+    assert (header.width, header.height, header.channels) == (50, 30, 3)
+    assert header.quality == 12.34
+    assert codec.model_id.startswith(header.model_id_prefix)
+
+
+@pytest.mark.parametrize("size", [(60, 60), (600, 600)])  # one tile, several tiles
+def test_every_flipped_bit_and_every_cut_is_noticed(codec: Codec, size: tuple[int, int]) -> None:
+    (blob,) = codec.encode([photo_like(*size)], 20)
+    check(blob)
+    rng = np.random.default_rng(0)
+    for at in [*range(40), *rng.integers(0, len(blob), 200).tolist()]:
+        damaged = bytearray(blob)
+        damaged[at] ^= 1 << int(rng.integers(8))
+        with pytest.raises(BitstreamError):
+            check(bytes(damaged))
+        with pytest.raises(BitstreamError):
+            codec.decode([bytes(damaged)])
+    for end in [0, 1, 10, 25, len(blob) // 2, len(blob) - 1]:
+        with pytest.raises(BitstreamError):
+            check(blob[:end])
+    with pytest.raises(BitstreamError):
+        check(blob + b"\0")
+
+
+def test_a_header_that_claims_too_much_is_refused_at_once(codec: Codec) -> None:
+    (blob,) = codec.encode([photo_like(600, 600)], 20)
+    # A width of 600 is the varint d8 04; claim a million pixels a side instead.
+    hostile = blob.replace(b"\xd8\x04\xd8\x04", b"\xff\xff\x3f\xff\xff\x3f", 1)
+    assert read_header(hostile).width == (1 << 20) - 1
+    with pytest.raises(BitstreamError, match="too few"):
+        codec.decode([hostile])
+
+
+def test_another_model_is_named(codec: Codec) -> None:
+    stranger = Codec.load(GOLDEN / "tiny.safetensors", device="cpu")
+    (blob,) = codec.encode([photo_like(32, 32)])
+    with pytest.raises(ModelMismatchError, match=codec.model_id[:16]):
+        stranger.decode([blob])
+
+
+def test_windows_agree_with_the_whole(codec: Codec) -> None:
+    """Cut into many small windows with halos, a bitstream decodes to the same picture."""
+    image = photo_like(700, 500)
+    (blob,) = codec.encode([image], 80)
+    windowed = Codec(codec.weights, codec.device, codec.dtype, window_pixels=160)
+    difference = windowed.decode([blob])[0].astype(int) - codec.decode([blob])[0]
+    assert np.abs(difference).max() <= 1
+    assert windowed.compress(image, quality=80).psnr == pytest.approx(
+        codec.compress(image, quality=80).psnr, abs=0.02
+    )
+
+
+def test_any_settings_decode_what_others_encoded(codec: Codec) -> None:
+    """Other precision, thread count and torch flags of the user's: not one symbol is wrong."""
+    image = photo_like(300, 200)
+    (blob,) = codec.encode([image], 75)
+    (reference,) = codec.decode([blob])
+    half = Codec(codec.weights, codec.device, torch.bfloat16)
+    assert psnr(half.decode([blob])[0], reference) > 45
+    (from_half,) = half.encode([image], 75)
+    assert psnr(codec.decode([from_half])[0], half.decode([from_half])[0]) > 45
+    before = torch.get_float32_matmul_precision()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        torch.set_num_threads(2)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert psnr(codec.decode([blob])[0], reference) > 45
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.set_num_threads(threads)
+
+
+def test_the_callers_torch_settings_are_left_alone(codec: Codec) -> None:
+    torch.set_grad_enabled(True)
+    state = (torch.get_num_threads(), torch.get_float32_matmul_precision())
+    codec.decode(codec.encode([photo_like(40, 40)]))
+    assert torch.is_grad_enabled()
+    assert state == (torch.get_num_threads(), torch.get_float32_matmul_precision())
+
+
+def test_golden_bitstreams_still_decode() -> None:
+    """Written once with a tiny model; every later release must read them the same."""
+    codec = Codec.load(GOLDEN / "tiny.safetensors", device="cpu", precision="float32")
+    for name in ("gray", "colour", "tiles"):
+        (decoded,) = codec.decode([(GOLDEN / f"{name}.vst").read_bytes()])
+        expected = np.load(GOLDEN / f"{name}.npy")
+        assert np.abs(decoded.astype(int) - expected).max() <= 1
+
+
+def test_unusable_weights_are_named(tmp_path: Path) -> None:
+    pickle = tmp_path / "weights.pt"
+    pickle.write_bytes(b"\x80\x04\x95 not safetensors")
+    for path in (pickle, tmp_path / "missing.safetensors"):
+        with pytest.raises(WeightsError, match=path.name):
+            Codec.load(path)
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes((GOLDEN / "tiny.safetensors").read_bytes()[:5000])
+    with pytest.raises(WeightsError, match="torn"):
+        Codec.load(torn)
+
+
+def test_unknown_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match="nonsense"):
+        Codec.load(GOLDEN / "tiny.safetensors", device="nonsense")
+    with pytest.raises(ValueError, match="precision"):
+        Codec.load(GOLDEN / "tiny.safetensors", precision="int3")
+
+
+def test_the_shipped_model_beats_jpeg_on_a_photo() -> None:
+    """At the bytes of a JPEG of quality 75, the picture is closer to the original."""
+    import io
+
+    from PIL import Image
+
+    source = Path(__file__).parent.parent / "examples" / "photos"
+    path = next(p for p in sorted(source.glob("*.jpg")) if Image.open(p).mode == "RGB")
+    with Image.open(path) as image:
+        pixels = np.asarray(image.reduce(2))[:480, :640]
+    jpeg = io.BytesIO()
+    Image.fromarray(pixels).save(jpeg, "JPEG", quality=75, optimize=True)
+    bpp = len(jpeg.getvalue()) * 8 / (pixels.shape[0] * pixels.shape[1])
+    encoded = Codec.load(device="cpu").compress(pixels, target_bpp=bpp)
+    assert len(encoded.data) <= len(jpeg.getvalue())
+    assert encoded.psnr is not None
+    assert encoded.psnr > psnr(pixels, np.asarray(Image.open(jpeg))) + 1
+
+
+def test_errors_share_a_base() -> None:
+    assert issubclass(BitstreamError, VaestreamError) and issubclass(WeightsError, VaestreamError)

@@ -1,0 +1,112 @@
+"""Training learns, survives interruption, and gives weights that code."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vaestream.codec import Codec
+from vaestream.codec.hyperprior import ModelConfig
+from vaestream.errors import SourceError, WeightsError
+from vaestream.training.evaluate import evaluate
+from vaestream.training.trainer import TrainingSettings, train
+
+CONFIG = ModelConfig(32, 8, 16, 16, 1, 1, 1, 1, 8, 8)
+SETTINGS = TrainingSettings(batch=2, crop=64, validation_photos=1)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.photos import pixels
+
+    folder = tmp_path_factory.mktemp("photos")
+    for seed in range(6):
+        Image.fromarray(pixels(seed, 96, 128)).save(folder / f"{seed}.png")
+    (folder / "notes.txt").write_text("not a photo")
+    return folder
+
+
+class _Killed(Exception):
+    """Stands for a kill in the middle of a run."""
+
+
+def test_a_run_learns_and_its_weights_code_better(photos: Path, tmp_path: Path) -> None:
+    start, end = tmp_path / "start.safetensors", tmp_path / "end.safetensors"
+    for out, steps in ((start, 1), (end, 150)):
+        train([photos], out=out, steps=steps, config=CONFIG, settings=SETTINGS, log=lambda _: None)
+    cost = []
+    for weights in (start, end):
+        point = evaluate([photos], weights=weights, qualities=[50], device="cpu").curve()[0]
+        cost.append(point.bpp + 0.0162 * 255**2 * 10 ** (-point.psnr / 10))
+    assert cost[1] < 0.9 * cost[0]
+    journal = [json.loads(line) for line in (tmp_path / "end.safetensors.log.jsonl").open()]
+    assert journal[0]["step"] == 100 and "validation" in journal[-1]
+    assert not (tmp_path / "end.safetensors.checkpoint").exists()
+
+
+def test_an_interrupted_run_goes_on(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "w.safetensors"
+    monkeypatch.setattr("vaestream.training.trainer._CHECKPOINT_SECONDS", 0.0)
+
+    def kill(step: int) -> None:
+        if step == 30:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        train(
+            [photos],
+            out=out,
+            steps=60,
+            config=CONFIG,
+            settings=SETTINGS,
+            on_step=kill,
+            log=lambda _: None,
+        )
+    assert not out.exists()
+    steps: list[int] = []
+    train(
+        [photos],
+        out=out,
+        steps=60,
+        config=CONFIG,
+        settings=SETTINGS,
+        on_step=steps.append,
+        log=lambda _: None,
+    )
+    assert steps[0] == 30 and steps[-1] == 60
+    Codec.load(out, device="cpu")
+
+
+def test_weights_train_on(photos: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    train([photos], out=first, steps=5, config=CONFIG, settings=SETTINGS, log=lambda _: None)
+    train([photos], out=second, init=first, steps=5, settings=SETTINGS, log=lambda _: None)
+    assert Codec.load(second, device="cpu").networks.config == CONFIG
+
+
+def test_unusable_input_is_named(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "w.safetensors"
+    with pytest.raises(SourceError, match="nowhere"):
+        train([tmp_path / "nowhere"], out=out, steps=1, log=lambda _: None)
+    with pytest.raises(SourceError, match="no photo"):
+        train([photos / "notes.txt"], out=out, steps=1, log=lambda _: None)
+    with pytest.raises(ValueError, match="minutes or steps"):
+        train([photos], out=out, log=lambda _: None)
+    (tmp_path / "w.safetensors.checkpoint").write_bytes(b"torn")
+    with pytest.raises(WeightsError, match="checkpoint"):
+        train([photos], out=out, steps=1, config=CONFIG, settings=SETTINGS, log=lambda _: None)
+
+
+def test_evaluation_reports_every_photo_and_quality(
+    photos: Path, codec: Codec, weights: Path
+) -> None:
+    result = evaluate([photos], weights=weights, qualities=[10, 90], device="cpu")
+    assert len(result.measurements) == 12 and result.model_id == codec.model_id
+    low, high = result.curve()
+    assert low.bpp < high.bpp and low.psnr < high.psnr
+    assert np.isclose(low.bpp, np.mean([m.bpp for m in result.measurements if m.quality == 10]))
+    assert json.loads(result.to_json())["curve"][0]["quality"] == 10

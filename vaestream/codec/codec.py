@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vaestream.errors import ModelMismatchError, WeightsError
+from vaestream.errors import BitstreamError, ModelMismatchError, WeightsError
 
-from .bitstream import MAX_SIDE, MODEL_ID_BYTES, Header, pack, unpack
-from .hyperprior import HYPER_STRIDE
+from .bitstream import MAX_SIDE, MODEL_ID_BYTES, Bitstream, Header, pack, unpack
+from .hyperprior import HYPER_STRIDE, Z_LIMIT
 from .networks import Networks, SideInformation, best_dtype
 from .rate_control import rounding_offsets, sample_patches, solve_quality
 from .streams import decode_tile, decode_z, encode_tile, encode_z
@@ -300,7 +300,36 @@ class Codec:
             magnitude = torch.floor(residual.abs() + self._rounding[index.int()])
             yield tile, mean, index, torch.copysign(magnitude, residual)
 
+    @torch.inference_mode()
+    def decode_symbols(self, blob: bytes) -> list[NDArray[np.int32]]:
+        """The integers of a bitstream, exact on every device: z_hat, then each tile's symbols.
+
+        For comparing devices and settings; raises what `decode` raises.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            stream, z_hat = self._open(blob)
+            side = self._side_information(z_hat, self.networks.quality(stream.header.quality))
+            return [z_hat, *(s for _, _, s in self._decoded_tiles(stream, side))]
+
     def _decode_one(self, blob: bytes) -> NDArray[np.uint8]:
+        stream, z_hat = self._open(blob)
+        header = stream.header
+        q = self.networks.quality(header.quality)
+        gain = self.networks.gain(q)
+        rows, columns = header.latent_size
+        y_hat = torch.empty((rows, columns, self.networks.config.latent), device=self.device)
+        side = self._side_information(z_hat, q)
+        for (top, left, bottom, right), mean, symbols in self._decoded_tiles(stream, side):
+            tile = torch.from_numpy(symbols).to(self.device).view(mean.shape)
+            y_hat[top:bottom, left:right] = (tile + mean) / gain
+        pixels = self.networks.synthesise(y_hat, q, header.height, header.width)
+        if header.channels == 1:
+            pixels = _to_gray(pixels)
+        result: NDArray[np.uint8] = pixels.cpu().numpy()
+        return result
+
+    def _open(self, blob: bytes) -> tuple[Bitstream, NDArray[np.int32]]:
+        """A checked bitstream of this model, and its z_hat (hyper, rows, columns)."""
         stream = unpack(blob)
         header = stream.header
         if not self.model_id.startswith(header.model_id_prefix):
@@ -309,24 +338,28 @@ class Codec:
                 f"{self.model_id[: 2 * MODEL_ID_BYTES]}: load the codec with that model's weights "
                 f"(an archive keeps its own under models/)"
             )
-        q = self.networks.quality(header.quality)
-        gain = self.networks.gain(q)
-        z_rows = -(-header.height // HYPER_STRIDE)
-        z_columns = -(-header.width // HYPER_STRIDE)
-        z_hat = decode_z(stream.z, self._tables_of_z(header.quality), z_rows, z_columns)
-        side = self.networks.side_information(torch.from_numpy(z_hat)[None].to(self.device), q)
-        rows, columns = header.latent_size
-        y_hat = torch.empty((rows, columns, self.networks.config.latent), device=self.device)
-        for (top, left, bottom, right), data in zip(header.tiles(), stream.tiles, strict=True):
-            mean, index = side.tile(top, left, bottom, right)
-            symbols = decode_tile(data, index.flatten().cpu().numpy(), self._y_tables)
-            tile = torch.from_numpy(symbols).to(self.device).view(mean.shape)
-            y_hat[top:bottom, left:right] = (tile + mean) / gain
-        pixels = self.networks.synthesise(y_hat, q, header.height, header.width)
-        if header.channels == 1:
-            pixels = _to_gray(pixels)
-        result: NDArray[np.uint8] = pixels.cpu().numpy()
-        return result
+        rows, columns = (-(-side // HYPER_STRIDE) for side in (header.height, header.width))
+        z_hat = decode_z(stream.z, self._tables_of_z(header.quality), rows, columns)
+        if np.abs(z_hat).max() > Z_LIMIT:
+            raise BitstreamError(f"hyper-latents beyond {Z_LIMIT}")
+        return stream, z_hat
+
+    def _side_information(self, z_hat: NDArray[np.int32], quality: Tensor) -> SideInformation:
+        return self.networks.side_information(
+            torch.from_numpy(z_hat)[None].to(self.device), quality
+        )
+
+    def _decoded_tiles(
+        self, stream: Bitstream, side: SideInformation
+    ) -> Iterator[tuple[tuple[int, int, int, int], Tensor, NDArray[np.int32]]]:
+        """(rectangle, mean, flat symbols) of every tile."""
+        for rectangle, data in zip(stream.header.tiles(), stream.tiles, strict=True):
+            mean, index = side.tile(*rectangle)
+            yield (
+                rectangle,
+                mean,
+                decode_tile(data, index.flatten().cpu().numpy(), self._y_tables),
+            )
 
     def _tables_of_z(self, quality: float) -> Any:
         return self._z_tables[round(quality / 100 * (len(self._z_tables) - 1))]

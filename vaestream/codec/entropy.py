@@ -77,6 +77,8 @@ class GroupDecoder:
         escapes = []
         for _ in range(count):
             value, at = read_varint(data, at)
+            if value >> 32:
+                raise BitstreamError("an escape value is beyond 32 bits")
             escapes.append((value >> 1) ^ -(value & 1))
         if (len(data) - at) % 4:
             raise BitstreamError("an entropy-coded stream does not end on a 32-bit word")

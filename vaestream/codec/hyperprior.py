@@ -33,7 +33,7 @@ from .transforms import (
 
 NUM_SCALES = 64
 SCALE_MIN, SCALE_MAX = 0.11, 256.0
-LAMBDA_MIN, LAMBDA_MAX = 0.0012, 0.22
+LAMBDA_MIN, LAMBDA_MAX = 0.0007, 0.22
 """Rate-distortion trade-off at quality 0 and 100: bits per pixel + lambda * MSE on 0..255."""
 
 HYPER_STRIDE = 64
@@ -95,9 +95,16 @@ class HyperAnalysis(nn.Module):
         self.down2 = nn.Conv2d(128, config.hyper, 3, stride=2, padding=1)
 
     def forward(self, y: Tensor) -> Tensor:
+        return self.downsample(self.pointwise(y))
+
+    def pointwise(self, y: Tensor) -> Tensor:
+        """What looks at one position at a time: (N, latent, h, w) -> (N, 128, h, w)."""
         # The logarithm tames the few huge low-frequency values without losing the small ones.
         y = torch.sign(y) * torch.log1p(y.abs())
-        hidden = F.relu(self.reduce(y.to(self.reduce.weight.dtype)))
+        return F.relu(self.reduce(y.to(self.reduce.weight.dtype)))
+
+    def downsample(self, hidden: Tensor) -> Tensor:
+        """The rest: (N, 128, h, w) -> (N, hyper, h/4, w/4)."""
         hidden = F.relu(self.down1(hidden))
         z: Tensor = self.down2(hidden).float()
         return z

@@ -18,6 +18,7 @@ from .weights_file import Weights
 from .windows import windows
 
 _LATENTS_PER_Z = HYPER_STRIDE // STRIDE
+_STRIP = 64  # rows of latents
 
 
 class SideInformation:
@@ -92,12 +93,19 @@ class Networks:
     def hyper_analyse(self, y: Tensor) -> Tensor:
         """Scaled y (rows, columns, latent) -> z_hat, (1, hyper, rows/4, columns/4) int32."""
         rows, columns, _ = y.shape
-        y = _repeat_edges(
-            y,
+        # In strips: the float32 copies that this makes of y would be the codec's largest tensors.
+        hidden = torch.cat(
+            [
+                self.model.h_a.pointwise(strip.permute(2, 0, 1)[None])[0].permute(1, 2, 0)
+                for strip in torch.split(y, _STRIP)
+            ]
+        )
+        hidden = _repeat_edges(
+            hidden,
             -(-rows // _LATENTS_PER_Z) * _LATENTS_PER_Z,
             -(-columns // _LATENTS_PER_Z) * _LATENTS_PER_Z,
         )
-        z = self.model.h_a(y.permute(2, 0, 1)[None])
+        z: Tensor = self.model.h_a.downsample(hidden.permute(2, 0, 1)[None])
         return torch.floor(z + 0.5).clamp_(-Z_LIMIT, Z_LIMIT).to(torch.int32)
 
     def side_information(self, z_hat: Tensor, quality: Tensor) -> SideInformation:

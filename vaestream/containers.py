@@ -42,7 +42,8 @@ _RAW_SUFFIXES = (
 )
 # Whole files of other kinds that often carry the wrong suffix: not damage, only unknown here.
 _FOREIGN = re.compile(
-    rb"....ftyp|8BPS|%PDF|%!PS|\xff\x0a|\0\0\0\x0cJXL |\0\0[\x01\x02]\0|RIFF|\x1aE\xdf\xa3|PK\x03\x04|qoif",
+    rb"....ftyp|8BPS|%PDF|%!PS|\xff\x0a|\0\0\0\x0cJXL |\0\0[\x01\x02]\0|RIFF|\x1aE\xdf\xa3"
+    rb"|PK\x03\x04|qoif",
     re.DOTALL,
 )
 # What decoders of Huffman-coded JPEG need at the very least: a bit for each block of 8x8.

@@ -6,15 +6,16 @@
   carrying the metadata keeps everything that this package promises to keep.
 * `Kept`: nothing is wrong with the file, but something in it would be lost. So it stays as it is:
   alpha (opaque or not), more than 8 bits, CMYK, palette, 1 bit, floating point, animation, several
-  pages or pictures, gain maps, motion photos, extended XMP, IPTC without XMP, long text
-  (over 512 bytes) in a PNG, an ICC profile that is unreadable or for other channels, TIFF tags with no place
-  in EXIF (GeoTIFF), fewer than 32 pixels on a side, more than `max_pixels`; and every file of a
-  format that is not read here (HEIC, raw, video, sidecars).
+  pages or pictures (previews, too), gain maps, motion photos, extended XMP, IPTC without XMP, long
+  text in a PNG (over 512 bytes), an ICC profile that is unreadable or for other channels, TIFF tags
+  with no place in EXIF (GeoTIFF), fewer than 32 pixels on a side, more than `max_pixels`; and every
+  file of a format that is not read here (HEIC, raw, video, sidecars).
 * `Broken`: the bytes, or for want of a signature the name, claim a format that is read here, but
   they do not decode.
 
-Left behind on purpose: JPEG comments, short notes in a PNG, density, Photoshop resources and makers' private segments;
-gamma, chromaticities, background and time stamps of PNG; trailers of less than 64 KiB.
+Left behind on purpose: JPEG comments, short notes in a PNG, density, Photoshop resources and
+makers' private segments; gamma, chromaticities, background and time stamps of PNG; trailers of less
+than 64 KiB.
 
 EXIF is carried byte for byte, maker notes and thumbnail included, but for the orientation: pixels
 are turned upright and the value is set to 1 in place, in EXIF and XMP. EXIF that cannot be parsed
@@ -181,9 +182,9 @@ def load(data: bytes, *, name: str, max_pixels: int = 256_000_000) -> Photo | Ke
         return _unknown(data, name)
     container = inspect(data, image_format)
     # WebP's decoder takes memory for the whole picture as soon as it opens a file.
-    if image_format == "WEBP" and container.size is not None:
-        if verdict := _too_large(image_format, container.size, max_pixels):
-            return verdict
+    claim = container.size if image_format == "WEBP" else None
+    if claim and (verdict := _too_large(image_format, claim, max_pixels)):
+        return verdict
     try:
         image = _open(data, container)
     except MemoryError:
@@ -415,11 +416,14 @@ def _tiff_exif(image: TiffImagePlugin.TiffImageFile) -> bytes | None:
 
 
 def _to_array(image: Image.Image) -> Pixels:
-    """Pixels in strips: Pillow's own way holds two more copies of a large photo for a moment."""
+    """Pixels in strips: Pillow's own way holds two more copies of a large photo for a moment.
+
+    Small ones: crop() minds Pillow's limit on pixels, however low somebody has set it.
+    """
     width, height = image.size
     shape = (height, width) if image.mode == "L" else (height, width, 3)
     pixels = np.empty(shape, dtype=np.uint8)
-    rows = max(1, (1 << 22) // width)
+    rows = max(1, (1 << 15) // width)
     for top in range(0, height, rows):
         bottom = min(height, top + rows)
         pixels[top:bottom] = np.asarray(image.crop((0, top, width, bottom)))

@@ -6,7 +6,7 @@
     archive = vaestream.open("archive/")                      # lazy: any fsspec URL
     archive["2019/IMG_0001.jpg"]                              # a PIL.Image, EXIF and ICC in place
 
-    codec = vaestream.Codec.load()                            # the codec alone: arrays in, bytes out
+    codec = vaestream.Codec.load()                            # the codec alone: arrays <-> bytes
     images = codec.decode(codec.encode(images, quality=50))
 
 Names are resolved on first use, so that `import vaestream` costs nothing and the codec works where
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vaestream.archive.reader import Archive
-    from vaestream.archive.reader import open_archive as open  # noqa: A004
+    from vaestream.archive.reader import open_archive as open
     from vaestream.codec import Codec
     from vaestream.errors import VaestreamError
     from vaestream.pipeline.job import Summary, compress

@@ -84,10 +84,7 @@ def train(
         ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     )
     torch.manual_seed(settings.seed)
-    if init is not None:
-        model = _load_model(Path(init))
-    else:
-        model = Hyperprior(config or ModelConfig())
+    model = _load_model(Path(init)) if init is not None else Hyperprior(config or ModelConfig())
     model.to(torch_device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     run = _Run(model, settings, minutes, steps, linear_start=init is None)

@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 
 from .entropy import Table
 
-_DEAD_ZONE = 0.5
+DEAD_ZONE = 0.5
 _SQUARED_ERROR_OF_A_BIT = math.log(2) / 6
 
 
-def rounding_offsets(tables: Sequence[Table]) -> NDArray[np.float32]:
+def rounding_offsets(tables: Sequence[Table], strength: float = DEAD_ZONE) -> NDArray[np.float32]:
     """What to add before flooring a magnitude, for every table: 0.5 would be plain rounding.
 
     A magnitude between two symbols is worth its dearer neighbour only if that saves more error
@@ -24,7 +24,7 @@ def rounding_offsets(tables: Sequence[Table]) -> NDArray[np.float32]:
     for table in tables:
         zero = -table.low
         bits = math.log2(table.counts[zero] / table.counts[zero + 1])
-        offsets.append(0.5 - 0.5 * _DEAD_ZONE * _SQUARED_ERROR_OF_A_BIT * max(0.0, bits))
+        offsets.append(0.5 - 0.5 * strength * _SQUARED_ERROR_OF_A_BIT * max(0.0, bits))
     return np.array(offsets, np.float32).clip(0.0, 0.5)
 
 

@@ -74,7 +74,7 @@ def export_weights(
         tensors[name] = stored.contiguous()
     for name, (weight, _, _) in zip(_SCALE_LAYERS, model.h_s_scale.integer_layers(), strict=True):
         tensors[f"h_s_scale.{name}.weight"] = weight.to(torch.int8).contiguous()
-    y_tables = _gaussian_tables()
+    y_tables = gaussian_tables()
     if symbol_counts is not None:
         y_tables = [
             _empirical_table(table, counts)
@@ -124,7 +124,8 @@ def import_weights(data: bytes) -> Weights:
     return Weights(model.eval().requires_grad_(False), y_tables, z_tables, answer, digest)
 
 
-def _gaussian_tables() -> list[Table]:
+def gaussian_tables() -> list[Table]:
+    """The table that each scale index stands for before any symbols were counted."""
     tables = []
     for index in range(NUM_SCALES):
         scale = SCALE_MIN * (SCALE_MAX / SCALE_MIN) ** (index / (NUM_SCALES - 1))

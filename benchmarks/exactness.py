@@ -57,27 +57,28 @@ class Report:
         self.reference = reference
         self.blobs = {q: [reference.encode([p], q)[0] for p in photos] for q in QUALITIES}
         self.pixels = {q: [reference.decode([b])[0] for b in self.blobs[q]] for q in QUALITIES}
+        self.symbols = {q: [reference.decode_symbols(b) for b in self.blobs[q]] for q in QUALITIES}
         self.wrong = 0
 
-    def line(self, name: str, codec: Codec, *, batch: int = 1, photos: int | None = None) -> None:
-        wrong = differing = 0
-        level = 0
+    def line(self, name: str, codec: Codec, *, batch: int = 1) -> None:
+        wrong = differing = level = 0
         loss = []
         for q in QUALITIES:
-            blobs, pictures = self.blobs[q][:photos], self.photos[:photos]
             made: list[bytes] = []
             decoded: Pictures = []
-            for at in range(0, len(blobs), batch):
-                made += codec.encode(pictures[at : at + batch], q)
-                decoded += codec.decode(blobs[at : at + batch])
-            for ours, theirs, photo, picture, expected in zip(
-                made, blobs, pictures, decoded, self.pixels[q], strict=False
-            ):
-                differing += ours != theirs
-                wrong += self._wrong(codec, theirs, self.reference)
-                wrong += self._wrong(self.reference, ours, codec)
-                level = max(level, int(np.abs(picture.astype(int) - expected).max()))
-                loss.append(psnr(photo, codec.decode([ours])[0]) - psnr(photo, expected))
+            for at in range(0, len(self.photos), batch):
+                made += codec.encode(self.photos[at : at + batch], q)
+                decoded += codec.decode(self.blobs[q][at : at + batch])
+            for i, (ours, theirs) in enumerate(zip(made, self.blobs[q], strict=True)):
+                wrong += _wrong(codec.decode_symbols(theirs), self.symbols[q][i])
+                expected = self.pixels[q][i]
+                level = max(level, int(np.abs(decoded[i].astype(np.int16) - expected).max()))
+                pixels = decoded[i]
+                if ours != theirs:
+                    differing += 1
+                    wrong += _wrong(codec.decode_symbols(ours), self.reference.decode_symbols(ours))
+                    pixels = codec.decode([ours])[0]
+                loss.append(psnr(self.photos[i], pixels) - psnr(self.photos[i], expected))
         self.wrong += wrong
         print(
             f"{name:34} wrong symbols {wrong}  other bitstreams {differing:3}  "
@@ -85,10 +86,10 @@ class Report:
             flush=True,
         )
 
-    @staticmethod
-    def _wrong(a: Codec, blob: bytes, b: Codec) -> int:
-        pairs = zip(a.decode_symbols(blob), b.decode_symbols(blob), strict=True)
-        return sum(int(np.count_nonzero(x != y)) for x, y in pairs)
+
+def _wrong(one: list[NDArray[np.int32]], other: list[NDArray[np.int32]]) -> int:
+    pairs = zip(one, other, strict=True)
+    return sum(int(np.count_nonzero(a != b)) for a, b in pairs)
 
 
 def main() -> None:

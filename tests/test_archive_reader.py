@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from vaestream.archive.reader import open_archive
+from vaestream.archive.storage import RangeFile
 from vaestream.archive.verify import verify
 from vaestream.errors import ArchiveError, DamagedArchiveError
 
@@ -288,3 +290,28 @@ def test_no_message_shows_a_storage_option(tmp_path):
     commit(str(tmp_path), {"a": []})
     archive = open_archive(str(tmp_path), storage_options={"auto_mkdir": True})
     assert "auto_mkdir" not in repr(archive)
+
+
+def test_only_pythons_own_threads_read(tmp_path, stand_in, monkeypatch):
+    """One of pyarrow's that holds a Python file when the interpreter ends aborts the process."""
+    commit(str(tmp_path), {"a": list(photo_rows(40))}, row_group_bytes=12_000)
+    threads = []
+    read = RangeFile.readinto
+
+    def readinto(file, buffer):
+        threads.append(threading.current_thread().name)
+        return read(file, buffer)
+
+    monkeypatch.setattr(RangeFile, "readinto", readinto)
+    (tmp_path / "index.parquet").unlink()
+    assert len(list(open_archive(str(tmp_path)).rows())) == 40
+    assert verify(str(tmp_path))
+    assert threads and not [name for name in threads if name.startswith("Dummy")]
+
+
+def test_what_is_no_store_is_told_and_options_are_not():
+    with pytest.raises(ArchiveError, match="Protocol not known: foo"):
+        open_archive("foo://a")
+    with pytest.raises(ArchiveError) as caught:
+        open_archive("zip://a::file://b", storage_options={"zip": {"secret": "hunter2"}})
+    assert "hunter2" not in str(caught.value)

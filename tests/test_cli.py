@@ -1,5 +1,6 @@
 """The command line: what it says, what it leaves behind, and how it ends."""
 
+import errno
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from photos import pixels as noise
 from PIL import Image
 
 from vaestream import cli
+from vaestream.errors import ArchiveError
 
 __all__ = ["stand_in"]
 
@@ -312,3 +314,43 @@ def test_a_stopped_job_says_how_to_go_on(
     assert process.returncode == code
     assert told.splitlines()[-1] == "vaestream: stopped; run the same command again to go on"
     assert not (tmp_path / "archive" / "manifest.json").exists()
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_names_of_any_length_and_with_any_character(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    archive, out = str(tmp_path / "archive"), tmp_path / "out"
+    keys = ["two\nlines", "red\x1b[31m", "é" * 120 + ".jpg"]
+    commit(archive, {"one": [row(key, key.encode()) for key in sorted(keys)]})
+    assert cli.main(["ls", archive]) == cli.OK
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 3 and not any("\x1b" in line for line in lines)
+    assert "  red\\x1b[31m  " in lines[0] and "  two\\nlines  " in lines[1]
+    assert cli.main(["extract", archive, str(out)]) == cli.OK
+    assert sorted(path.name for path in out.iterdir()) == sorted(keys)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_extract_ends_where_no_file_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    archive, out = str(tmp_path / "archive"), tmp_path / "out"
+    commit(archive, {"one": [row(key, b"data") for key in ("a", "b", "c")]})
+    written: list[str] = []
+
+    def put_bytes(fs: Any, path: str, data: bytes) -> None:
+        written.append(path)
+        raise ArchiveError(f"{path}: cannot be written") from OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vaestream.pipeline.extract.put_bytes", put_bytes)
+        assert cli.main(["extract", archive, str(out)]) == cli.ERROR
+    assert len(written) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "out/a: cannot be written" in line
+
+    (tmp_path / "file").write_bytes(b"")
+    assert cli.main(["extract", archive, str(tmp_path / "file")]) == cli.ERROR
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "/file: cannot be written" in line

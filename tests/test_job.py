@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 import vaestream
 from vaestream.archive.manifest import read_manifest
 from vaestream.archive.verify import verify
-from vaestream.errors import SettingsMismatchError, SourceError, VaestreamError
+from vaestream.errors import ArchiveError, SettingsMismatchError, SourceError, VaestreamError
 from vaestream.pipeline import job
 from vaestream.pipeline.job import Progress, Summary, plan_pool
 
@@ -306,3 +306,51 @@ def test_files_from_the_wild(
                 upright = ImageOps.exif_transpose(image)
             assert (row.width, row.height) == upright.size, row.key
             assert archive.payloads([row.key])[0].icc == image.info.get("icc_profile"), row.key
+
+
+def test_an_error_of_a_worker_is_told_in_its_own_words(
+    run: Callable[..., Summary], tmp_path: Path
+) -> None:
+    source = fill(tmp_path / "source", ["a.png"])
+    archive = tmp_path / "archive"
+    (archive / ".vaestream-job").mkdir(parents=True)
+    (archive / ".vaestream-job" / "attempts").write_text("where a folder must be")
+    with pytest.raises(ArchiveError, match=r"attempts/.*Not a directory"):
+        run(source, archive)
+
+
+def test_of_rays_errors_the_line_is_told_that_says_why() -> None:
+    text = """ray::MapWorker(MapBatches(ShardWorker)).submit() (pid=1, ip=192.0.2.2)
+  File "worker.py", line 1, in __init__
+ModuleNotFoundError: No module named 's3fs'
+
+The above exception was the direct cause of the following exception:
+
+ray.exceptions.UserCodeException: UDF failed to process a data block.
+To change retry attempts, configure `DataContext` (`retried_io_errors` for I/O)."""
+    told = str(job._cause(RuntimeError(text)))
+    assert told == "the Ray job failed: ModuleNotFoundError: No module named 's3fs'"
+    assert str(job._cause(RuntimeError("the node\nis gone"))) == "the Ray job failed: is gone"
+
+
+def test_names_may_hold_what_fsspec_takes_for_a_chain(
+    run: Callable[..., Summary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path / "a::b", ["s3::c.png"])
+    run("a::b", "s3::archive")
+    assert verify("s3::archive") == []
+    assert vaestream.open("s3::archive")["s3::c.png"].size == (96, 72)
+
+
+def test_a_lost_index_or_model_is_made_again(run: Callable[..., Summary], tmp_path: Path) -> None:
+    source = fill(tmp_path / "source", ["a.png", "b.png"])
+    archive = tmp_path / "archive"
+    run(source, archive)
+    before = files(archive)
+    (archive / "index.parquet").unlink()
+    assert not run(source, archive).up_to_date
+    assert files(archive) == before
+    next((archive / "models").iterdir()).unlink()
+    run(source, archive)
+    assert files(archive) == before

@@ -155,7 +155,7 @@ def extract(args: argparse.Namespace) -> int:
         storage_options=args.storage_options,
     )
     for key, reason in result.failures.items():
-        print(f"vaestream: {key}: {reason}", file=sys.stderr)
+        print(f"vaestream: {_shown(key)}: {_shown(reason)}", file=sys.stderr)
     print(
         f"{result.decoded} photos decoded, {result.verbatim} objects as they were, "
         f"{len(result.failures)} not written"
@@ -176,7 +176,7 @@ def verify(args: argparse.Namespace) -> int:
             where = (
                 problem.part if problem.row_key is None else f"{problem.part}: {problem.row_key}"
             )
-            print(f"{where}: {problem.what}: {problem.detail}")
+            print(_shown(f"{where}: {problem.what}: {problem.detail}"))
         print(f"{len(problems)} problems" if problems else "whole: every byte is as written")
     return ERROR if problems else OK
 
@@ -439,7 +439,15 @@ def _row_line(row: "RowInfo") -> str:
         psnr = "" if row.psnr is None else f"{row.psnr:.2f} dB, "
         told = f"{psnr}quality {row.quality:.0f}"
     return (
-        f"{row.codec:6s} {size:>11s} {row.num_bytes:>11d} {row.source_size:>11d}  {row.key}  {told}"
+        f"{row.codec:6s} {size:>11s} {row.num_bytes:>11d} {row.source_size:>11d}  "
+        f"{_shown(row.key)}  {_shown(told)}"
+    )
+
+
+def _shown(text: str) -> str:
+    """On one line, and without what a terminal would obey: names may hold any character."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
 
 
@@ -487,7 +495,7 @@ def _terminable() -> Iterator[None]:
 
 
 def _complain(message: str) -> int:
-    print(f"vaestream: error: {message}", file=sys.stderr)
+    print(f"vaestream: error: {_shown(message)}", file=sys.stderr)
     return ERROR
 
 

@@ -14,7 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vaestream.archive.layout import Footer, dictionary_offsets, plain_offsets, read_footer
+from vaestream.archive.layout import (
+    Footer,
+    column_ranges,
+    dictionary_offsets,
+    plain_offsets,
+    read_footer,
+)
 from vaestream.archive.storage import RangeFile, file_size, join, put_bytes, store_errors
 from vaestream.errors import ArchiveError, DamagedArchiveError
 
@@ -79,7 +85,9 @@ def load_index(fs: fsspec.AbstractFileSystem, root: str, sha256: str) -> pa.Tabl
         raise DamagedArchiveError(f"{path}: index: is missing") from error
     if hashlib.sha256(data).hexdigest() != sha256:
         raise DamagedArchiveError(f"{path}: index: its SHA-256 is not the manifest's")
-    return pq.read_table(pa.BufferReader(data)).combine_chunks()
+    # One thread, and not through a dataset: see `RangeFile`, it is the same with Python's bytes.
+    parquet = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
+    return parquet.read(use_threads=False).combine_chunks()
 
 
 def index_of(fs: fsspec.AbstractFileSystem, root: str, names: Sequence[str]) -> pa.Table:
@@ -109,14 +117,15 @@ def part_entries(fs: fsspec.AbstractFileSystem, path: str, footer: Footer, name:
         parquet = pq.ParquetFile(
             file,
             metadata=metadata,
-            pre_buffer=True,
+            pre_buffer=False,
             read_dictionary=["icc"],
             page_checksum_verification=True,
         )
-        groups = [
-            _group_entries(metadata, group, parquet.read_row_group(group, _READ_COLUMNS), name)
-            for group in range(metadata.num_row_groups)
-        ]
+        groups = []
+        for group in range(metadata.num_row_groups):
+            file.prefetch(column_ranges(metadata, group, _READ_COLUMNS))
+            table = parquet.read_row_group(group, _READ_COLUMNS, use_threads=False)
+            groups.append(_group_entries(metadata, group, table, name))
     except (OSError, pa.ArrowException, KeyError) as error:
         raise DamagedArchiveError(f"{name}: column: {error}") from error
     return pa.concat_tables([INDEX_SCHEMA.empty_table(), *groups])

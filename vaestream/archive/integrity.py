@@ -146,11 +146,13 @@ def _check_blobs(
 
 def expected_rows(file: BinaryIO | RangeFile, footer: Footer) -> list[list[Expected]]:
     """The rows of each row group as the part itself has them. Raises OSError, ArrowException."""
-    parquet = pq.ParquetFile(file, metadata=footer.metadata, page_checksum_verification=True)
+    parquet = pq.ParquetFile(
+        file, metadata=footer.metadata, pre_buffer=False, page_checksum_verification=True
+    )
     groups = []
     for group in range(parquet.num_row_groups):
         table: pa.Table = parquet.read_row_group(
-            group, columns=["key", "codec", "num_bytes", "sha256"]
+            group, columns=["key", "codec", "num_bytes", "sha256"], use_threads=False
         )
         groups.append([Expected(**row) for row in table.to_pylist()])
     return groups

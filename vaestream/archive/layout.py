@@ -8,6 +8,7 @@ Format: https://parquet.apache.org/docs/file-format/ (pages, Thrift compact prot
 
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -99,6 +100,21 @@ def stamp_footer(data: bytes) -> bytes:
     """The footer's bytes with the digest of themselves in place of the 64 zeros."""
     digest = hashlib.sha256(data).hexdigest()
     return _DIGEST.sub(f'"footer_sha256": "{digest}"'.encode(), data, count=1)
+
+
+def column_ranges(
+    metadata: pq.FileMetaData, row_group: int, paths: Iterable[str]
+) -> list[tuple[int, int]]:
+    """Byte ranges (start, end) of the chunks at or below these columns, as the footer has them."""
+    group = metadata.row_group(row_group)
+    wanted = tuple(f"{path}." for path in paths)
+    ranges = []
+    for path, index in column_indices(metadata).items():
+        if f"{path}.".startswith(wanted):
+            chunk = group.column(index)
+            start = chunk.dictionary_page_offset or chunk.data_page_offset
+            ranges.append((start, start + chunk.total_compressed_size))
+    return ranges
 
 
 def column_indices(metadata: pq.FileMetaData) -> dict[str, int]:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -21,10 +22,17 @@ from PIL import Image, ImageOps
 
 from vaestream import images
 from vaestream.archive.index import index_of, load_index
-from vaestream.archive.layout import Footer, read_footer
+from vaestream.archive.layout import Footer, column_ranges, read_footer
 from vaestream.archive.manifest import Manifest, read_manifest
 from vaestream.archive.schema import INFO_COLUMNS, RowInfo, metadata_crc32, to_infos
-from vaestream.archive.storage import RangeFile, file_size, join, open_store, store_errors
+from vaestream.archive.storage import (
+    RangeFile,
+    file_size,
+    join,
+    open_store,
+    read_bytes,
+    store_errors,
+)
 from vaestream.archive.writer import model_path
 from vaestream.errors import ArchiveError, DamagedArchiveError, VaestreamError
 
@@ -78,12 +86,12 @@ class Archive:
 
     def __init__(
         self,
-        url: str,
+        url: str | os.PathLike[str],
         *,
         device: str = "auto",
         storage_options: dict[str, Any] | None = None,
     ) -> None:
-        self.url = url
+        self.url = os.fspath(url)
         self._device = device
         self.storage_options = storage_options
         self._connect()
@@ -227,26 +235,13 @@ class Archive:
         Raises ArchiveError when the archive has no model, DamagedArchiveError when the model is
         not the one that was written.
         """
-        from vaestream.codec import Codec
-
         self._check_process()
         with self._lock:
             if self._codec is None:
                 model_id = self.manifest.model_id
                 if model_id is None:
                     raise ArchiveError(f"{self.url}: holds no model")
-                path = model_path(self._root, model_id)
-                try:
-                    with store_errors(path):
-                        data = self._fs.cat_file(path)
-                except FileNotFoundError as error:
-                    raise DamagedArchiveError(f"{path}: the model is missing") from error
-                if hashlib.sha256(data).hexdigest() != model_id:
-                    raise DamagedArchiveError(f"{path}: model: its SHA-256 is not its name")
-                with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
-                    file.write(data)
-                    file.flush()
-                    self._codec = Codec.load(file.name, device=self._device)
+                self._codec = load_codec(self._fs, self._root, model_id, device=self._device)
             return self._codec
 
     # --- inside ------------------------------------------------------------------------------
@@ -392,10 +387,11 @@ class Archive:
     def _read_group(self, name: str, footer: Footer, group: int, columns: list[str]) -> pa.Table:
         file = RangeFile(self._fs, join(self._root, name), footer.offset + len(footer.data))
         try:
+            file.prefetch(column_ranges(footer.metadata, group, columns))
             parquet = pq.ParquetFile(
-                file, metadata=footer.metadata, pre_buffer=True, page_checksum_verification=True
+                file, metadata=footer.metadata, pre_buffer=False, page_checksum_verification=True
             )
-            table = parquet.read_row_group(group, columns)
+            table = parquet.read_row_group(group, columns, use_threads=False)
         except (OSError, pa.ArrowException) as error:
             raise DamagedArchiveError(f"{name}: column: {error}") from error
         if missing := set(columns) - set(table.column_names) - {"image.bytes"}:
@@ -491,7 +487,10 @@ class Archive:
 
 
 def open_archive(
-    url: str, *, device: str = "auto", storage_options: dict[str, Any] | None = None
+    url: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    storage_options: dict[str, Any] | None = None,
 ) -> Archive:
     """Open the archive at a path or any fsspec URL.
 
@@ -500,6 +499,28 @@ def open_archive(
     or one that a later version wrote, DamagedArchiveError when its manifest is damaged.
     """
     return Archive(url, device=device, storage_options=storage_options)
+
+
+def load_codec(
+    fs: fsspec.AbstractFileSystem, root: str, model_id: str, *, device: str = "auto"
+) -> "Codec":
+    """The codec with a model that lies in folder `root`.
+
+    Raises DamagedArchiveError when it is not there, or not the one that was written.
+    """
+    from vaestream.codec import Codec
+
+    path = model_path(root, model_id)
+    try:
+        data = read_bytes(fs, path)
+    except FileNotFoundError as error:
+        raise DamagedArchiveError(f"{path}: the model is missing") from error
+    if hashlib.sha256(data).hexdigest() != model_id:
+        raise DamagedArchiveError(f"{path}: model: its SHA-256 is not its name")
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        file.write(data)
+        file.flush()
+        return Codec.load(file.name, device=device)
 
 
 def _payloads_fit(extra: Payloads, row: dict[str, Any]) -> bool:

@@ -7,14 +7,16 @@ name is uploaded and moved there.
 
 import io
 import os
+import re
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import merge_offset_ranges
 
 from vaestream.errors import ArchiveError, VaestreamError
 
@@ -22,6 +24,20 @@ _ATOMIC_PROTOCOLS = frozenset(
     {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "obs", "cos", "r2", "memory"}
 )
 _TEMPORARY_PREFIX, _TEMPORARY_SUFFIX = ".writing-", ".tmp"
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_GAP_BYTES = 8 << 10
+_CHAIN = re.compile(rf"::{_SCHEME.pattern}")
+
+
+def protocol_of(url: str) -> str:
+    """The protocol in front of `://`; "file" where there is none."""
+    match = _SCHEME.match(url)
+    return match[1].lower() if match else "file"
+
+
+def is_chained(url: str) -> bool:
+    """Whether `url` is a store inside another, as zip://a::s3://b; "::" alone is part of a name."""
+    return _CHAIN.search(url) is not None
 
 
 def open_store(url: str, storage_options: dict[str, Any] | None) -> tuple[Any, str]:
@@ -29,11 +45,29 @@ def open_store(url: str, storage_options: dict[str, Any] | None) -> tuple[Any, s
 
     Raises ArchiveError where there is no such store; the message shows no storage option.
     """
+    options = storage_options or {}
     try:
-        fs, root = fsspec.core.url_to_fs(url, **(storage_options or {}))
+        if is_chained(url):
+            fs, root = fsspec.core.url_to_fs(url, **options)
+        else:
+            kind = _kind(url)
+            fs = kind(**{**kind._get_kwargs_from_urls(url), **options})
+            root = kind._strip_protocol(url)
+    except ArchiveError:
+        raise
     except Exception as error:  # as in `store_errors`; the chain is cut for it may show options
-        raise ArchiveError(f"{url}: cannot be opened ({type(error).__name__})") from None
+        raise ArchiveError(
+            f"{url}: the store cannot be opened with these storage options ({type(error).__name__})"
+        ) from None
     return fs, root.rstrip("/") or root
+
+
+def _kind(url: str) -> type[fsspec.AbstractFileSystem]:
+    try:
+        kind: type[fsspec.AbstractFileSystem] = fsspec.get_filesystem_class(protocol_of(url))
+    except (ValueError, ImportError) as error:
+        raise ArchiveError(f"{url}: {error}") from error
+    return kind
 
 
 def join(root: str, name: str) -> str:
@@ -91,10 +125,35 @@ class RangeFile(io.RawIOBase):
 
     Every one has a position of its own, so many threads can read one file (fsspec's own file
     objects are shared in some stores, and read ahead in others).
+
+    Give it to pyarrow with pre_buffer=False and use_threads=False (`prefetch` is for what
+    pre_buffer would do): a thread of pyarrow's that still holds a Python file when the interpreter
+    ends aborts the process (apache/arrow#34314).
     """
 
     def __init__(self, fs: fsspec.AbstractFileSystem, path: str, size: int) -> None:
         self._fs, self._path, self._size, self._at = fs, path, size, 0
+        self._blocks: list[tuple[int, bytes]] = []
+
+    def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Read these ranges (start, end), neighbours together; reads within them are free then.
+
+        What cannot be read is left to the read that wants it.
+        """
+        within = [(max(0, start), min(end, self._size)) for start, end in ranges]
+        spans = [(start, end) for start, end in within if start < end]
+        if not spans:
+            return
+        paths, starts, ends = merge_offset_ranges(
+            [self._path] * len(spans), *map(list, zip(*spans, strict=True)), max_gap=_GAP_BYTES
+        )
+        with store_errors(self._path):
+            found = self._fs.cat_ranges(paths, starts, ends, on_error="return")
+        self._blocks = [
+            (start, data)
+            for start, data in zip(starts, found, strict=True)
+            if isinstance(data, bytes)
+        ]
 
     def readable(self) -> bool:
         return True
@@ -114,6 +173,11 @@ class RangeFile(io.RawIOBase):
         end = min(self._size, self._at + len(buffer))
         if end <= self._at:
             return 0
+        for start, block in self._blocks:
+            if start <= self._at and end <= start + len(block):
+                buffer[: end - self._at] = block[self._at - start : end - start]
+                length, self._at = end - self._at, end
+                return length
         with store_errors(self._path):
             data: bytes = self._fs.cat_file(self._path, start=self._at, end=end)
         buffer[: len(data)] = data
@@ -202,4 +266,5 @@ def _upload(fs: fsspec.AbstractFileSystem, temporary: str, path: str) -> None:
 
 
 def _temporary_name(name: str) -> str:
-    return f"{_TEMPORARY_PREFIX}{name}-{secrets.token_hex(8)}{_TEMPORARY_SUFFIX}"
+    # Not all of the name: it may be as long as the store allows.
+    return f"{_TEMPORARY_PREFIX}{name[:40]}-{secrets.token_hex(8)}{_TEMPORARY_SUFFIX}"

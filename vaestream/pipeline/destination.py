@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
-from vaestream.archive.index import build_index
+from vaestream.archive.index import INDEX, build_index
 from vaestream.archive.manifest import (
     MANIFEST,
     Manifest,
@@ -132,9 +132,11 @@ class Destination:
         return Work(parts, shards)
 
     def is_finished(self, parts: Sequence[PartInfo]) -> bool:
-        """Whether the archive stands there with just these parts and no job is under way."""
+        """Whether the archive stands there, whole, with just these parts."""
         return (
             self.manifest is not None
+            and INDEX in self._names
+            and self.fs.exists(model_path(self.root, self.model_id))
             and {part.name for part in parts} == {part.name for part in self.manifest.parts}
             and self.manifest.settings == self.settings
             and self.manifest.model_id == self.model_id
@@ -224,7 +226,8 @@ class Destination:
         columns = ["key", "source_size", "source_mtime", "source_etag"]
         path = join(self.root, part.name)
         try:
-            table = pq.read_table(RangeFile(self.fs, path, part.size), columns=columns)
+            parquet = pq.ParquetFile(RangeFile(self.fs, path, part.size), pre_buffer=False)
+            table = parquet.read(columns, use_threads=False)
         except (OSError, ValueError) as error:
             raise DamagedArchiveError(
                 f"{path}: cannot be read ({error}): verify tells more; remove the file and run "

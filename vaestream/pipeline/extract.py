@@ -1,5 +1,6 @@
 """Photos out of an archive into files, in any store."""
 
+import errno
 import io
 import os
 from collections import Counter
@@ -25,6 +26,8 @@ _ENDINGS: dict[str, tuple[str, ...]] = {
     "jpeg": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "webp": (".webp",),
 }
+_NO_MORE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})
+"""Errors after which no other file can be written either."""
 _BATCH_PIXELS = 32_000_000
 _BATCH_BYTES = 64 << 20
 _BATCH_ROWS = 64
@@ -60,10 +63,15 @@ def extract(
     too. Each file is written whole or not at all, and none outside `destination`: names that point
     elsewhere are written as `plan.safe_key` has it.
 
-    Errors: ArchiveError for a key that is not there, and for a destination that cannot be written;
-    what is wrong with single rows is in the result.
+    Errors: ArchiveError for a key that is not there, and for a destination that cannot be written
+    or is full; what is wrong with single rows is in the result.
     """
     fs, root = store_of(destination, storage_options)
+    if isinstance(fs, LocalFileSystem):
+        try:
+            os.makedirs(root, exist_ok=True)
+        except OSError as error:
+            raise ArchiveError(f"{root}: cannot be written: {error}") from error
     names = _Names(archive, format)
     result = Extracted()
     for batch in _batches(archive, _chosen(archive, keys)):
@@ -161,6 +169,8 @@ def _extract_batch(
                 stamp = row.source_mtime.timestamp()
                 os.utime(path, (stamp, stamp))
         except (ArchiveError, OSError, ValueError) as error:
+            if getattr(error.__cause__, "errno", None) in _NO_MORE:
+                raise
             # A name the store does not take, or a file where a folder must be: only this row's.
             result.failures[row.key] = str(error)
             continue

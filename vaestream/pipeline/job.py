@@ -1,8 +1,8 @@
 """The job: sources -> plan -> Ray Data over shards -> archive."""
 
-import json
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -20,13 +20,14 @@ from vaestream.pipeline.compressor import Settings, Verify
 from vaestream.pipeline.destination import Destination
 from vaestream.pipeline.plan import Shard, list_sources, make_shards
 from vaestream.pipeline.stores import options_for, store_of
-from vaestream.pipeline.worker import ShardWorker, WorkerSpec, make_batch
+from vaestream.pipeline.worker import ShardWorker, WorkerSpec, make_batch, part_of
 
 Device = Literal["auto", "cpu", "cuda"]
 
 _WAVE = 1024
 _OBJECT_STORE_BYTES = 128 << 20
 _GPU_SHARE = 0.25
+_ERROR_LINE = re.compile(r"(?!ray\.)[A-Za-z_][\w.]*: ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,28 +281,16 @@ def _run(shards: Sequence[Shard], spec: WorkerSpec, pool: Pool) -> Iterator[Part
         )
         try:
             for row in parts.iter_rows():
-                yield PartInfo.from_json(json.loads(row["part"]))
+                yield part_of(row["part"])
         except RayError as error:
             raise _cause(error) from error
 
 
 def _cause(error: BaseException) -> VaestreamError:
-    """vaestream's own error inside what Ray makes of it, or one that tells what Ray says."""
-    seen: set[int] = set()
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        found = waiting.pop()
-        if not isinstance(found, BaseException) or id(found) in seen:
-            continue
-        seen.add(id(found))
-        if isinstance(found, VaestreamError):
-            # Anew: Ray's class has the worker's traceback for its text.
-            kind = next(k for k in type(found).__mro__ if k.__module__ == VaestreamError.__module__)
-            again: VaestreamError = kind(*found.args)
-            return again
-        waiting += [found.__cause__, found.__context__, getattr(found, "cause", None)]
+    """What is behind an error of Ray's, in a line: the last one told of that is not Ray's own."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return VaestreamError(f"the Ray job failed: {lines[-1]}")
+    told = [line for line in lines if _ERROR_LINE.match(line)]
+    return VaestreamError(f"the Ray job failed: {(told or lines)[-1]}")
 
 
 @contextmanager

@@ -1,21 +1,15 @@
 """From a URL or path, as a user writes it, to an fsspec filesystem and a path in it."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import fsspec
 from fsspec import AbstractFileSystem
 
-from vaestream.errors import SourceError, VaestreamError
+from vaestream.archive.storage import is_chained, open_store, protocol_of
+from vaestream.errors import ArchiveError, SourceError
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-
-
-def protocol_of(url: str) -> str:
-    """The protocol in front of `://`; "file" where there is none."""
-    match = _SCHEME.match(url)
-    return match[1].lower() if match else "file"
+__all__ = ["options_for", "protocol_of", "store_of"]
 
 
 def options_for(url: str, storage_options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -36,26 +30,20 @@ def options_for(url: str, storage_options: Mapping[str, Any] | None) -> dict[str
 def store_of(
     url: str, storage_options: Mapping[str, Any] | None = None
 ) -> tuple[AbstractFileSystem, str]:
-    """Filesystem and path of `url`; names may hold "::", which fsspec's own opener takes apart.
+    """Filesystem and path of `url`, as `open_store` has them, for what a job's processes share.
 
-    Errors: SourceError for a protocol that fsspec does not know or whose package is missing, and
-    for memory://, which no other process sees.
+    Errors: SourceError for a protocol that fsspec does not know or whose package is missing, for
+    options that it does not take, for a store inside another, and for memory://, which no other
+    process sees.
     """
-    protocol = protocol_of(url)
-    if protocol == "memory":
+    if protocol_of(url) == "memory":
         raise SourceError(
             f"{url}: memory:// belongs to one process, and a job's workers are others: "
             "use a folder or an object store"
         )
-    if re.search(r"::([A-Za-z][A-Za-z0-9+.-]*)://", url):
+    if is_chained(url):
         raise SourceError(f"{url}: chained URLs (a::b) are not supported")
     try:
-        kind = fsspec.get_filesystem_class(protocol)
-    except (ValueError, ImportError) as error:
-        raise SourceError(f"{url}: {error}") from error
-    options = {**kind._get_kwargs_from_urls(url), **options_for(url, storage_options)}
-    try:
-        fs = kind(**options)
-    except (TypeError, ValueError) as error:
-        raise VaestreamError(f"{url}: storage options not understood: {error}") from error
-    return fs, kind._strip_protocol(url)
+        return open_store(url, options_for(url, storage_options))
+    except ArchiveError as error:
+        raise SourceError(str(error)) from error.__cause__

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from fsspec import AbstractFileSystem
 
+from vaestream import errors
 from vaestream.archive.manifest import PartInfo
+from vaestream.archive.reader import load_codec
 from vaestream.archive.schema import Row
-from vaestream.archive.writer import find_part, model_path, write_part
-from vaestream.codec import Codec
-from vaestream.errors import DamagedArchiveError
+from vaestream.archive.writer import find_part, write_part
+from vaestream.errors import DamagedArchiveError, VaestreamError
 from vaestream.pipeline.attempts import ISOLATE_AFTER, begin_attempt, end_attempts
 from vaestream.pipeline.compressor import Compressor, Settings, Verify, failed
 from vaestream.pipeline.fetch import Fetched, fetch_all
@@ -44,18 +45,13 @@ class WorkerSpec:
     def __call__(self) -> Compressor:
         """Make the compressor of this process (see `isolate.Make`)."""
         torch.set_num_threads(self.threads)
-        path = model_path(self.root, self.model_id)
-        codec = Codec.load(
-            self.fs.unstrip_protocol(path),
-            device=self.device,
-            storage_options=dict(self.fs.storage_options),
-        )
+        codec = load_codec(self.fs, self.root, self.model_id, device=self.device)
         return Compressor(codec, self.settings, self.verify)
 
 
 class ShardWorker:
-    """A callable for `Dataset.map_batches`: column "shard" (pickled `Shard`) in, "part" (JSON of a
-    `PartInfo`) out, a batch of any size.
+    """A callable for `Dataset.map_batches`: column "shard" (pickled `Shard`) in, "part" (text for
+    `part_of`) out, a batch of any size.
 
     A shard whose part is committed is passed over, so a job that is run again, or a shard that Ray
     tries again, repeats nothing. The model is loaded with the first shard that needs it.
@@ -67,8 +63,15 @@ class ShardWorker:
 
     def __call__(self, batch: dict[str, "np.ndarray[Any, Any]"]) -> dict[str, list[str]]:
         """Do the shards of a batch, one after the other."""
-        parts = [self.run(pickle.loads(shard)) for shard in batch["shard"]]
-        return {"part": [json.dumps(part.to_json()) for part in parts]}
+        return {"part": [self._outcome(pickle.loads(shard)) for shard in batch["shard"]]}
+
+    def _outcome(self, shard: Shard) -> str:
+        try:
+            return json.dumps({"part": self.run(shard).to_json()})
+        except VaestreamError as error:
+            # Raised, Ray would hand on its own words instead of these.
+            kind = next(k for k in type(error).__mro__ if k.__module__ == errors.__name__)
+            return json.dumps({"error": kind.__name__, "message": str(error)})
 
     def run(self, shard: Shard) -> PartInfo:
         """Compress one shard and commit its part, unless that is done.
@@ -104,6 +107,15 @@ def committed(fs: AbstractFileSystem, root: str, part_id: str) -> PartInfo | Non
         return find_part(fs, root, part_id)
     except DamagedArchiveError:
         return None
+
+
+def part_of(outcome: str) -> PartInfo:
+    """The part of which a worker's answer tells. Raises the VaestreamError that it tells of."""
+    told = json.loads(outcome)
+    if "error" in told:
+        kind: type[VaestreamError] = getattr(errors, told["error"])
+        raise kind(told["message"])
+    return PartInfo.from_json(told["part"])
 
 
 def make_batch(shards: Sequence[Shard]) -> list[dict[str, bytes]]:

@@ -8,6 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from vaestream.codec import Codec, check, read_header
+from vaestream.codec.bitstream import pack, unpack
+from vaestream.codec.entropy import write_varint
 from vaestream.errors import BitstreamError, ModelMismatchError, VaestreamError, WeightsError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -149,6 +151,29 @@ def test_a_header_that_claims_too_much_is_refused_at_once(codec: Codec) -> None:
     hostile = blob.replace(b"\xd8\x04\xd8\x04", b"\xff\xff\x3f\xff\xff\x3f", 1)
     assert read_header(hostile).width == (1 << 20) - 1
     with pytest.raises(BitstreamError, match="too few"):
+        codec.decode([hostile])
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b"",
+        b"\0" + bytes(3),
+        b"\0" + bytes(8),
+        b"\x01",
+        b"\xff" * 20,
+        write_varint(1 << 62),
+        b"\0" + b"\xff" * 8,
+        *(b"\x09" + 9 * write_varint(v) + b"\xff" * 8 for v in (511, 512, 1 << 32)),
+    ],
+    ids=lambda stream: stream.hex()[:12],
+)
+def test_wrong_streams_under_right_crcs_are_refused(codec: Codec, stream: bytes) -> None:
+    """Cut words, a zero word at the end, escapes that lack, do not end or are out of range."""
+    parsed = unpack(codec.encode([photo_like(40, 40)], 20)[0])
+    hostile = pack(parsed.header, stream, parsed.tiles)
+    check(hostile)
+    with pytest.raises(BitstreamError):
         codec.decode([hostile])
 
 

@@ -84,9 +84,10 @@ class GroupDecoder:
             raise BitstreamError("an entropy-coded stream does not end on a 32-bit word")
         self._escapes = escapes
         self._used = 0
-        self._coder = constriction.stream.stack.AnsCoder(
-            np.frombuffer(data, "<u4", offset=at).astype(np.uint32)
-        )
+        words = np.frombuffer(data, "<u4", offset=at).astype(np.uint32)
+        if len(words) and words[-1] == 0:
+            raise BitstreamError("an entropy-coded stream ends in a zero word")
+        self._coder = constriction.stream.stack.AnsCoder(words)
 
     def take(self, count: int, table: Table) -> NDArray[np.int32]:
         """The next group: (count,) int32."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from vaestream.errors import SourceError
 from vaestream.pipeline.plan import Listing, Shard, list_sources, make_shards, safe_key
@@ -94,6 +95,23 @@ def test_a_folder_that_may_not_be_read_is_an_error(tmp_path: Path) -> None:
     write(tmp_path, "a/x.jpg")
     (tmp_path / "a").chmod(0)
     with pytest.raises(SourceError, match="cannot be listed"):
+        list_sources([str(tmp_path)])
+
+
+@pytest.mark.parametrize("method", ["info", "find"])
+def test_any_error_of_a_store_is_told_with_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    class EndpointConnectionError(Exception):
+        """As botocore has it: no OSError."""
+
+    def fail(*args: object, **options: object) -> None:
+        raise EndpointConnectionError("no\nanswer")
+
+    write(tmp_path, "a/x.jpg")
+    monkeypatch.setattr(LocalFileSystem, method, fail)
+    told = "cannot be listed: EndpointConnectionError: no answer"
+    with pytest.raises(SourceError, match=told):
         list_sources([str(tmp_path)])
 
 

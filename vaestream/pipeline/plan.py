@@ -12,6 +12,7 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -200,7 +201,7 @@ def _entries(
 ) -> tuple[str, Iterator[tuple[str, str, dict[str, Any]]]]:
     """The name of the source's folder, and (relative path, path, info) of each file in it."""
     shown = escape(text)
-    try:
+    with _listing(shown):
         if protocol_of(text) in ("http", "https"):
             # A page with links passes for a folder: only the object itself is asked for.
             info = fs.info(path)
@@ -212,10 +213,20 @@ def _entries(
         if info["type"] == "directory":
             return _last(path), _walk(fs, path, path)
         return _last(_parent(path)), _regular(path, [(path, info)], _parent(path))
+
+
+@contextmanager
+def _listing(shown: str) -> Iterator[None]:
+    """Raise whatever a store raises in the block as SourceError."""
+    try:
+        yield
+    except SourceError:
+        raise
     except FileNotFoundError as error:
         raise SourceError(f"{shown}: there is no such file, folder or object") from error
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{shown}: cannot be listed: {error}") from error
+    except Exception as error:  # each store has errors of its own, many of them no OSError
+        told = " ".join(str(error).split())
+        raise SourceError(f"{shown}: cannot be listed: {type(error).__name__}: {told}") from error
 
 
 def _glob(
@@ -243,11 +254,9 @@ def _walk(
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     # Without on_error a local folder that may not be read is passed over in silence.
     options = {"on_error": "raise"} if "file" in _protocols(fs) else {}
-    try:
+    with _listing(escape(path)):
         found: dict[str, dict[str, Any]] = fs.find(path, detail=True, **options)
-        yield from _regular(path, found.items(), base)
-    except OSError as error:
-        raise SourceError(f"{escape(path)}: cannot be listed: {error}") from error
+    yield from _regular(path, found.items(), base)
 
 
 def _regular(

@@ -340,7 +340,7 @@ class Codec:
             )
         rows, columns = (-(-side // HYPER_STRIDE) for side in (header.height, header.width))
         z_hat = decode_z(stream.z, self._tables_of_z(header.quality), rows, columns)
-        if np.abs(z_hat).max() > Z_LIMIT:
+        if z_hat.min() < -Z_LIMIT or z_hat.max() > Z_LIMIT:
             raise BitstreamError(f"hyper-latents beyond {Z_LIMIT}")
         return stream, z_hat
 

@@ -1,6 +1,7 @@
 """Encode and decode speed beside compressai's bmshj2018-hyperprior, entropy coding included.
 
-    pip install --no-deps compressai==1.2.8 && pip install einops requests pandas pytorch-msssim tqdm
+    pip install --no-deps compressai==1.2.8
+    pip install einops requests pandas pytorch-msssim tqdm
     python benchmarks/speed.py [PHOTO] [--threads 2]
 
 compressai runs its quality 4 with random weights (its speed does not depend on them); vaestream

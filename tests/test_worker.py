@@ -85,12 +85,12 @@ def test_an_object_that_has_changed_since_it_was_listed_has_no_known_state() -> 
 
 
 def test_the_default_floor_follows_what_was_asked_for() -> None:
-    assert Settings.of().min_psnr == 30
-    assert Settings.of(quality=0).min_psnr == 20
-    assert Settings.of(quality=90).min_psnr == 30
-    assert Settings.of(target_psnr=28).min_psnr == 27
-    assert Settings.of(target_bpp=0.5).min_psnr == 30
-    assert Settings.of(min_psnr=0).min_psnr == 0
+    assert Settings.of().floor(50) == 28
+    assert Settings.of(quality=0).floor(0) == 18
+    assert Settings.of(quality=90).floor(90) == 28
+    assert Settings.of(target_psnr=28).floor(70) == 27
+    assert Settings.of(target_bpp=0.5).floor(10) == 20
+    assert Settings.of(min_psnr=0).floor(50) == 0
 
 
 # --- bytes -------------------------------------------------------------------------------------

@@ -252,7 +252,7 @@ def _compress_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-psnr",
         type=float,
         metavar="D",
-        help="keep the source below (30; less below quality 50)",
+        help="keep the source below (28; less below quality 50)",
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--workers", type=int, metavar="N", help="default: one a CPU, or four a GPU")

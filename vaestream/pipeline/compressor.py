@@ -27,14 +27,15 @@ class Settings:
     """What decides an archive's rows, apart from the sources and the model.
 
     One of quality (0 to 100), target_bpp (bits per pixel) and target_psnr (dB) is given, the others
-    are None. min_psnr: dB below which the source is kept. max_pixels: a picture of more is refused
+    are None. min_psnr: dB below which the source is kept, None
+    where it follows the quality that each photo was given. max_pixels: a picture of more is refused
     as a decompression bomb.
     """
 
     quality: float | None
     target_bpp: float | None
     target_psnr: float | None
-    min_psnr: float
+    min_psnr: float | None
     max_pixels: int
 
     @classmethod
@@ -49,10 +50,9 @@ class Settings:
     ) -> "Settings":
         """Check what a user has asked for and fill in what is open.
 
-        With nothing said, quality is 50. The default of min_psnr, which keeps screenshots and text
-        from being spoilt, is what photos stay above: 30 dB from quality 50 on and for a target of
-        bits, 10 dB less at quality 0 where photos need fewer; never more than 1 dB below a target
-        of PSNR. Errors: VaestreamError for numbers that make no sense.
+        With nothing said, quality is 50. The default of min_psnr keeps screenshots and text from
+        being spoilt, yet lies below what photos reach: it follows the quality (`default_floor`),
+        and stays 1 dB below a target of PSNR. Errors: VaestreamError for numbers without sense.
         """
         given = [value for value in (quality, target_bpp, target_psnr) if value is not None]
         if len(given) > 1:
@@ -68,20 +68,29 @@ class Settings:
             raise VaestreamError(f"max pixels must be at least 1, not {max_pixels}")
         if min_psnr is None:
             if target_psnr is not None:
-                min_psnr = min(30.0, target_psnr - 1.0)
-            else:
-                min_psnr = 30.0 if quality is None else min(30.0, 20.0 + quality / 5.0)
+                min_psnr = min(default_floor(100), target_psnr - 1.0)
+            elif quality is not None:
+                min_psnr = default_floor(quality)
         return cls(
             None if quality is None else float(quality),
             target_bpp,
             target_psnr,
-            float(min_psnr),
+            None if min_psnr is None else float(min_psnr),
             max_pixels,
         )
+
+    def floor(self, quality: float) -> float:
+        """dB below which a photo coded at `quality` is kept as its source."""
+        return default_floor(quality) if self.min_psnr is None else self.min_psnr
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, as they go into the manifest and into the names of parts."""
         return asdict(self)
+
+
+def default_floor(quality: float) -> float:
+    """18 dB at quality 0, rising to 28 dB at quality 50 and from there on."""
+    return min(28.0, 18.0 + quality / 5.0)
 
 
 class Compressor:
@@ -136,7 +145,7 @@ class Compressor:
         reason = None
         if len(encoded.data) + metadata >= len(data):
             reason = "no smaller than the source"
-        elif encoded.psnr is not None and encoded.psnr < self._settings.min_psnr:
+        elif encoded.psnr is not None and encoded.psnr < self._settings.floor(encoded.quality):
             reason = "below the PSNR floor"
         elif self._is_verified(data) and not self._decodes(encoded, loaded):
             _log.error("%s: the bitstream does not decode to what was encoded", item.url)

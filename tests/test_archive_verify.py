@@ -4,7 +4,7 @@ import pytest
 from archive_samples import byte_rows, commit, photo_rows, row, stand_in
 
 from vaestream.archive.index import load_index
-from vaestream.archive.layout import column_indices, read_footer
+from vaestream.archive.layout import column_indices, parse_footer, read_footer
 from vaestream.archive.reader import open_archive
 from vaestream.archive.storage import open_store
 from vaestream.archive.verify import verify
@@ -172,3 +172,17 @@ def regions_of_photos(root):
     reader = open_archive(str(root))
     for entry in reader.index.to_pylist():
         yield entry["offset"], entry["length"], "photo", entry["key"]
+
+
+def test_no_flipped_bit_of_a_footer_is_more_than_damage(archive):
+    """Whatever the Parquet library makes of it, it comes out as damage or as a readable footer."""
+    path = next(iter(sorted(archive.glob("part-*.parquet"))))
+    data = path.read_bytes()
+    tail = data[-int.from_bytes(data[-8:-4], "little") - 8 :]
+    for at in range(len(tail)):
+        damaged = bytearray(tail)
+        damaged[at] ^= 1 << (at % 8)
+        try:
+            parse_footer(bytes(damaged), len(data), path.name)
+        except DamagedArchiveError as error:
+            assert path.name in str(error)

@@ -78,7 +78,7 @@ def parse_footer(tail: bytes, size: int, name: str) -> Footer | int:
     data = tail[-length:]
     try:
         metadata = pq.read_metadata(pa.BufferReader(MAGIC + data))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise DamagedArchiveError(f"{name}: footer: {error}") from error
     return Footer(size - length, data, metadata)
 

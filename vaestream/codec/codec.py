@@ -201,15 +201,13 @@ class Codec:
         tried: dict[float, Encoded] = {}
 
         def settle(q: float) -> float:
-            tried[q] = self._encode_at(image, q, measure=False)
+            # Measured at once: the first try mostly stands, and a second encoding costs more.
+            tried[q] = self._encode_at(image, q, measure=measure)
             return rate(tried[q])
 
-        quality = solve_quality(settle, low, high, guess=quality, slope=0.04, evaluations=4)
-        best = [e for e in tried.values() if rate(e) <= high] or list(tried.values())
-        encoded = max(best, key=rate) if rate(best[0]) <= high else min(best, key=rate)
-        if measure:
-            return self._encode_at(image, encoded.quality, measure=True)
-        return encoded
+        solve_quality(settle, low, high, guess=quality, slope=0.04, evaluations=4)
+        within = [e for e in tried.values() if rate(e) <= high]
+        return max(within, key=rate) if within else min(tried.values(), key=rate)
 
     def _encode_to_psnr(self, image: NDArray[np.uint8], psnr: float) -> Encoded:
         """Search on sample patches; then settle on the whole picture."""

@@ -75,7 +75,8 @@ def codec() -> "Codec":
     import torch
 
     from vaestream.codec import Codec
-    from vaestream.codec.hyperprior import Hyperprior, ModelConfig
+    from vaestream.codec.config import ModelConfig
+    from vaestream.codec.hyperprior import Hyperprior
     from vaestream.codec.weights_file import export_weights
 
     torch.manual_seed(0)
@@ -90,5 +91,8 @@ def codec() -> "Codec":
         synthesis_blocks16=1,
         mean_width=8,
         scale_width=8,
+        groups=(8, 24, 96),
+        mean_context_width=8,
+        scale_context_width=8,
     )
     return Codec(export_weights(Hyperprior(config)), torch.device("cpu"), torch.float32)

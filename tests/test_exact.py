@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from vaestream.codec import Codec
-from vaestream.codec.exact import ExactScaleBranch, known_answer
-from vaestream.codec.hyperprior import ModelConfig, ScaleBranch
+from vaestream.codec.config import ModelConfig
+from vaestream.codec.exact import ExactScaleBranch
+from vaestream.codec.priors import ScaleBranch
 from vaestream.errors import WeightsError
 
 
@@ -14,19 +14,36 @@ from vaestream.errors import WeightsError
 def branch() -> ScaleBranch:
     """Weights over the whole int8 range, so that sums come near the limit."""
     torch.manual_seed(0)
-    branch = ScaleBranch(ModelConfig(latent=40, hyper=24, scale_width=24))
+    branch = ScaleBranch(
+        ModelConfig(latent=40, hyper=24, scale_width=24, groups=(8, 32), scale_context_width=24)
+    )
     with torch.no_grad():
-        for layer in (branch.up1, branch.up2, branch.project):
-            layer.weight.uniform_(-2, 2)
-            assert layer.bias is not None
-            layer.bias.uniform_(-20, 20)
+        for layer in branch.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                layer.weight.uniform_(-2, 2)
+                if layer.bias is not None:
+                    layer.bias.uniform_(-20, 20)
     return branch
 
 
 def indices(branch: ScaleBranch, z: torch.Tensor, dtype: torch.dtype = torch.float32) -> np.ndarray:
-    exact = ExactScaleBranch(branch.integer_layers(), torch.device("cpu"))
-    exact._set_dtype(dtype)
-    return exact.indices(exact.features(z)).numpy()
+    """Of all passes, one after the other."""
+    exact = ExactScaleBranch(branch.integer_layers(), torch.device("cpu"), dtype)
+    features = exact.features(z)
+    known = symbols(*features.shape[:2])
+    return np.concatenate(
+        [
+            exact.indices(number, features, known[:, :, : p.known]).numpy()
+            for number, p in enumerate(branch.passes)
+        ],
+        axis=2,
+    )
+
+
+def symbols(rows: int, columns: int) -> torch.Tensor:
+    """What the contexts see: mostly small, and some beyond what they tell apart."""
+    generator = torch.Generator().manual_seed(2)
+    return torch.round(torch.randn((rows, columns, 8), generator=generator) * 8)
 
 
 def hyper_latents(rows: int = 9, columns: int = 11) -> torch.Tensor:
@@ -35,18 +52,25 @@ def hyper_latents(rows: int = 9, columns: int = 11) -> torch.Tensor:
 
 
 def test_float32_float64_and_integers_agree(branch: ScaleBranch) -> None:
-    exact = ExactScaleBranch(branch.integer_layers(), torch.device("cpu"))
-    exact.self_test(known_answer(branch))  # against 64-bit integers
     z = hyper_latents()
-    single = indices(branch, z)
-    assert np.array_equal(single, indices(branch, z, torch.float64))
-    assert single.min() == 0 and single.max() == 63  # the pattern reaches both clamps
+    reference = indices(branch, z, torch.int64)
+    assert np.array_equal(indices(branch, z), reference)
+    assert np.array_equal(indices(branch, z, torch.float64), reference)
+    assert reference.min() == 0 and reference.max() == 63  # the pattern reaches both clamps
 
 
 def test_training_simulates_what_coding_computes(branch: ScaleBranch) -> None:
     z = hyper_latents()
-    simulated = branch(z.float())[0].permute(1, 2, 0).detach().numpy()
-    assert np.array_equal(simulated, indices(branch, z))
+    features = branch.features(z)
+    known = symbols(*features.shape[-2:]).permute(2, 0, 1)[None]
+    simulated = torch.cat(
+        [
+            branch.index(number, features, known[:, : p.known] if p.known else None)
+            for number, p in enumerate(branch.passes)
+        ],
+        dim=1,
+    )
+    assert np.array_equal(simulated[0].permute(1, 2, 0).detach().numpy(), indices(branch, z))
 
 
 def test_flags_threads_and_autocast_change_nothing(branch: ScaleBranch) -> None:
@@ -70,8 +94,8 @@ def test_flags_threads_and_autocast_change_nothing(branch: ScaleBranch) -> None:
 def test_a_part_of_the_features_gives_that_part_of_the_indices(branch: ScaleBranch) -> None:
     exact = ExactScaleBranch(branch.integer_layers(), torch.device("cpu"))
     features = exact.features(hyper_latents())
-    whole = exact.indices(features)
-    assert torch.equal(exact.indices(features[5:13, 7:8]), whole[5:13, 7:8])
+    whole = exact.indices(0, features)
+    assert torch.equal(exact.indices(0, features[5:13, 7:8]), whole[5:13, 7:8])
 
 
 def test_sums_that_float32_cannot_count_are_refused() -> None:
@@ -82,7 +106,10 @@ def test_sums_that_float32_cannot_count_are_refused() -> None:
         branch.integer_layers()
 
 
-def test_wrong_arithmetic_is_noticed_when_a_model_loads(codec: Codec, branch: ScaleBranch) -> None:
-    exact = ExactScaleBranch(branch.integer_layers(), torch.device("cpu"))
+def test_wrong_arithmetic_is_noticed_when_a_model_loads(branch: ScaleBranch) -> None:
+    layers = branch.integer_layers()
+    answer = ExactScaleBranch(layers, torch.device("cpu"), torch.int64).answer()
+    exact = ExactScaleBranch(layers, torch.device("cpu"))
+    exact.self_test(answer)
     with pytest.raises(WeightsError, match="integer arithmetic"):
-        exact.self_test(known_answer(branch) ^ 1)
+        exact.self_test(answer ^ 1)

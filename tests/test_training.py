@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from vaestream.codec import Codec
-from vaestream.codec.hyperprior import ModelConfig
+from vaestream.codec.config import ModelConfig
 from vaestream.errors import SourceError, WeightsError
 from vaestream.training.evaluate import evaluate
 from vaestream.training.trainer import TrainingSettings, train
 
-CONFIG = ModelConfig(32, 8, 16, 16, 1, 1, 1, 1, 8, 8)
+CONFIG = ModelConfig(32, 8, 16, 16, 1, 1, 1, 1, 8, 8, (8, 24), 8, 8)
 SETTINGS = TrainingSettings(batch=2, crop=64, validation_photos=1)
 
 

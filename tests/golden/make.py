@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from vaestream.codec import Codec
-from vaestream.codec.hyperprior import Hyperprior, ModelConfig
+from vaestream.codec.config import ModelConfig
+from vaestream.codec.hyperprior import Hyperprior
 from vaestream.codec.weights_file import export_weights
 
 sys.path.insert(0, str(Path(__file__).parent.parent))

@@ -16,10 +16,10 @@ from torch import Tensor
 from vaestream.errors import BitstreamError, ModelMismatchError, WeightsError
 
 from .bitstream import MAX_SIDE, MODEL_ID_BYTES, Bitstream, Header, pack, unpack
-from .hyperprior import HYPER_STRIDE, Z_LIMIT
-from .networks import Networks, SideInformation, best_dtype
+from .config import HYPER_STRIDE, Z_LIMIT
+from .networks import Networks, SideInformation, TilePrior, best_dtype
 from .rate_control import rounding_offsets, sample_patches, solve_quality
-from .streams import decode_tile, decode_z, encode_tile, encode_z
+from .streams import TileDecoder, TileEncoder, decode_z, encode_z
 from .weights_file import import_weights
 
 _WINDOW_PIXELS = 2048
@@ -170,14 +170,14 @@ class Codec:
             y = self._analyse(image, quality).mul_(self.networks.gain(q))
             side = self.networks.side_information(self.networks.hyper_analyse(y), q)
             counts = [np.zeros(len(t.counts), np.int64) for t in self._y_tables]
-            for _, _, index, symbols in self._quantised_tiles(y, side, header):
-                flat = symbols.to(torch.int32).flatten().cpu().numpy()
-                number = index.flatten().cpu().numpy()
-                for i in np.unique(number):
-                    table = self._y_tables[i]
-                    category = flat[number == i] - table.low
-                    category[(category < 0) | (category > table.escape)] = table.escape
-                    counts[i] += np.bincount(category, minlength=len(counts[i]))
+            for top, left, bottom, right in header.tiles():
+                prior = side.tile(top, left, bottom, right)
+                for flat, number in self._quantise(y[top:bottom, left:right], prior):
+                    for i in np.unique(number):
+                        table = self._y_tables[i]
+                        category = flat[number == i] - table.low
+                        category[(category < 0) | (category > table.escape)] = table.escape
+                        counts[i] += np.bincount(category, minlength=len(counts[i]))
         return counts
 
     def _encode_to_rate(self, image: NDArray[np.uint8], bpp: float, *, measure: bool) -> Encoded:
@@ -267,16 +267,15 @@ class Codec:
         side = self.networks.side_information(z_hat, q)
         z_stream = encode_z(z_hat[0].cpu().numpy(), self._tables_of_z(quality))
         streams = []
-        for tile, mean, index, symbols in self._quantised_tiles(y, side, header):
-            streams.append(
-                encode_tile(
-                    symbols.to(torch.int32).flatten().cpu().numpy(),
-                    index.flatten().cpu().numpy(),
-                    self._y_tables,
-                )
-            )
+        for top, left, bottom, right in header.tiles():
+            tile = y[top:bottom, left:right]
+            prior = side.tile(top, left, bottom, right)
+            encoder = TileEncoder(self._y_tables)
+            for symbols, index in self._quantise(tile, prior):
+                encoder.add(symbols, index)
+            streams.append(encoder.finish())
             if measure:
-                tile.copy_((symbols + mean) / gain)
+                torch.div(prior.y_hat(), gain, out=tile)
         psnr = None
         if measure:
             decoded = self.networks.synthesise(y, q, height, width)
@@ -284,30 +283,37 @@ class Codec:
             psnr = _psnr(pixels, decoded if channels == 3 else _to_gray(decoded))
         return Encoded(pack(header, z_stream, streams), quality, psnr)
 
-    def _quantised_tiles(
-        self, y: Tensor, side: SideInformation, header: Header
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """(view of y, mean, table index, symbols) of every tile.
+    def _quantise(
+        self, tile: Tensor, prior: TilePrior
+    ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.uint8]]]:
+        """Flat symbols and table indices of a tile of scaled latents, pass by pass.
 
         Symbols are rounded with a dead zone that is wider where leaving zero is dearer.
         """
-        for top, left, bottom, right in header.tiles():
-            mean, index = side.tile(top, left, bottom, right)
-            tile = y[top:bottom, left:right]
-            residual = tile - mean
+        for number, p in enumerate(self.networks.config.passes):
+            mean, index = prior.predict(number, p)
+            residual = tile[:, :, p.start : p.stop] - mean
             magnitude = torch.floor(residual.abs() + self._rounding[index.int()])
-            yield tile, mean, index, torch.copysign(magnitude, residual)
+            symbols = torch.copysign(magnitude, residual)
+            prior.reveal(p, symbols, mean)
+            mask = prior.mask(p)
+            if mask is not None:
+                symbols, index = symbols[mask], index[mask]
+            yield symbols.to(torch.int32).flatten().cpu().numpy(), index.flatten().cpu().numpy()
 
     @torch.inference_mode()
     def decode_symbols(self, blob: bytes) -> list[NDArray[np.int32]]:
-        """The integers of a bitstream, exact on every device: z_hat, then each tile's symbols.
+        """The integers of a bitstream, exact on every device: z_hat, then each pass of each tile.
 
         For comparing devices and settings; raises what `decode` raises.
         """
         with torch.autocast(self.device.type, enabled=False):
             stream, z_hat = self._open(blob)
             side = self._side_information(z_hat, self.networks.quality(stream.header.quality))
-            return [z_hat, *(s for _, _, s in self._decoded_tiles(stream, side))]
+            found = [z_hat]
+            for rectangle, data in zip(stream.header.tiles(), stream.tiles, strict=True):
+                found += self._decode_tile(data, side.tile(*rectangle))
+            return found
 
     def _decode_one(self, blob: bytes) -> NDArray[np.uint8]:
         stream, z_hat = self._open(blob)
@@ -317,9 +323,10 @@ class Codec:
         rows, columns = header.latent_size
         y_hat = torch.empty((rows, columns, self.networks.config.latent), device=self.device)
         side = self._side_information(z_hat, q)
-        for (top, left, bottom, right), mean, symbols in self._decoded_tiles(stream, side):
-            tile = torch.from_numpy(symbols).to(self.device).view(mean.shape)
-            y_hat[top:bottom, left:right] = (tile + mean) / gain
+        for (top, left, bottom, right), data in zip(header.tiles(), stream.tiles, strict=True):
+            prior = side.tile(top, left, bottom, right)
+            self._decode_tile(data, prior)
+            torch.div(prior.y_hat(), gain, out=y_hat[top:bottom, left:right])
         pixels = self.networks.synthesise(y_hat, q, header.height, header.width)
         if header.channels == 1:
             pixels = _to_gray(pixels)
@@ -347,17 +354,25 @@ class Codec:
             torch.from_numpy(z_hat)[None].to(self.device), quality
         )
 
-    def _decoded_tiles(
-        self, stream: Bitstream, side: SideInformation
-    ) -> Iterator[tuple[tuple[int, int, int, int], Tensor, NDArray[np.int32]]]:
-        """(rectangle, mean, flat symbols) of every tile."""
-        for rectangle, data in zip(stream.header.tiles(), stream.tiles, strict=True):
-            mean, index = side.tile(*rectangle)
-            yield (
-                rectangle,
-                mean,
-                decode_tile(data, index.flatten().cpu().numpy(), self._y_tables),
-            )
+    def _decode_tile(self, data: bytes, prior: TilePrior) -> list[NDArray[np.int32]]:
+        """Decode a tile's stream into its prior; returns the flat symbols of each pass."""
+        decoder = TileDecoder(data, self._y_tables)
+        found = []
+        for number, p in enumerate(self.networks.config.passes):
+            mean, index = prior.predict(number, p)
+            mask = prior.mask(p)
+            coded = index if mask is None else index[mask]
+            flat = decoder.take(coded.flatten().cpu().numpy())
+            symbols = torch.from_numpy(flat).to(self.device).float()
+            if mask is None:
+                symbols = symbols.view(mean.shape)
+            else:
+                everywhere = torch.zeros_like(mean)
+                everywhere[mask] = symbols.view(coded.shape)
+                symbols = everywhere
+            prior.reveal(p, symbols, mean)
+            found.append(flat)
+        return found
 
     def _tables_of_z(self, quality: float) -> Any:
         return self._z_tables[round(quality / 100 * (len(self._z_tables) - 1))]

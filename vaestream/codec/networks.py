@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .config import HYPER_STRIDE, Z_LIMIT, CodingPass
 from .exact import ExactScaleBranch
-from .hyperprior import HYPER_STRIDE, Z_LIMIT
 from .transforms import STRIDE, depth_to_space, space_to_depth
 from .weights_file import Weights
 from .windows import windows
@@ -22,7 +22,7 @@ _STRIP = 64  # rows of latents
 
 
 class SideInformation:
-    """What the decoder knows about y from z_hat: the mean and the table index of every symbol."""
+    """What z_hat says about y, for the whole picture."""
 
     def __init__(self, networks: "Networks", z_hat: Tensor, quality: Tensor) -> None:
         self._networks = networks
@@ -30,13 +30,66 @@ class SideInformation:
         self._mean = mean[0].permute(1, 2, 0)
         self._scale = networks.exact.features(z_hat)
 
-    def tile(self, top: int, left: int, bottom: int, right: int) -> tuple[Tensor, Tensor]:
-        """(mean float32, index uint8), each (bottom - top, right - left, latent)."""
-        project = self._networks.model.h_s_mean.project
-        mean = F.linear(
-            self._mean[top:bottom, left:right], project.weight[:, :, 0, 0], project.bias
+    def tile(self, top: int, left: int, bottom: int, right: int) -> "TilePrior":
+        """The prior of the symbols in a rectangle of latents."""
+        return TilePrior(
+            self._networks, self._mean[top:bottom, left:right], self._scale[top:bottom, left:right]
         )
-        return mean, self._networks.exact.indices(self._scale[top:bottom, left:right])
+
+
+class TilePrior:
+    """Mean and table index of a tile's symbols, pass by pass, as they become known.
+
+    For every pass in `ModelConfig.passes`, in order: `predict`, then `reveal`. A tile knows nothing
+    of its neighbours, so that each can be decoded alone.
+    """
+
+    def __init__(self, networks: "Networks", mean_features: Tensor, scale_features: Tensor) -> None:
+        """Features: (h, w, mean_width) float32 and (h, w, scale_width) uint8."""
+        self._exact = networks.exact
+        self._branch = networks.model.h_s_mean
+        project = self._branch.project
+        self._mean = F.linear(mean_features, project.weight[:, :, 0, 0], project.bias)
+        self._features = scale_features
+        size = self._mean.shape[:2]
+        passes = networks.config.passes
+        self._masks = {p.parity: p.mask(*size, self._mean.device) for p in passes}
+        self._residual = torch.empty_like(self._mean)
+        # The last group's symbols are context to none.
+        known = max(p.known for p in passes)
+        self._symbols = self._mean.new_zeros((*size, known))
+
+    def mask(self, p: CodingPass) -> Tensor | None:
+        """(h, w) bool, True where the pass codes; None where it codes everywhere."""
+        return self._masks[p.parity]
+
+    def predict(self, number: int, p: CodingPass) -> tuple[Tensor, Tensor]:
+        """Mean and table index of a pass: (h, w, channels) float32 and uint8."""
+        mean = self._mean[:, :, p.start : p.stop]
+        if not p.known:
+            return mean, self._exact.indices(number, self._features)
+        residual = self._residual[:, :, : p.known].permute(2, 0, 1)[None]
+        correction = self._branch.correction(number, residual)[0].permute(1, 2, 0)
+        symbols = self._symbols[:, :, : p.known]
+        return mean + correction, self._exact.indices(number, self._features, symbols)
+
+    def reveal(self, p: CodingPass, symbols: Tensor, mean: Tensor) -> None:
+        """Take in the symbols of a pass, (h, w, channels) float32, and the mean it was given."""
+        part = slice(p.start, p.stop)
+        decoded = symbols + (mean - self._mean[:, :, part])
+        mask = self.mask(p)
+        if mask is not None:
+            if p.parity == 0:
+                self._residual[:, :, part] = 0
+            decoded = torch.where(mask[:, :, None], decoded, self._residual[:, :, part])
+            symbols = torch.where(mask[:, :, None], symbols, self._symbols[:, :, part])
+        self._residual[:, :, part] = decoded
+        if p.stop <= self._symbols.shape[2]:
+            self._symbols[:, :, part] = symbols
+
+    def y_hat(self) -> Tensor:
+        """The reconstruction in steps, (h, w, latent) float32, once all passes are revealed."""
+        return self._residual.add_(self._mean)
 
 
 class Networks:

@@ -23,36 +23,56 @@ def decode_z(data: bytes, tables: list[Table], height: int, width: int) -> NDArr
     return np.stack(channels).reshape(len(tables), height, width)
 
 
-def encode_tile(symbols: NDArray[np.int32], index: NDArray[np.uint8], tables: list[Table]) -> bytes:
-    """Symbols and the table index of each, both flat and in the order (row, column, channel).
+class TileEncoder:
+    """Encodes the symbols of a tile, pass by pass.
 
-    The first byte is the number of tables, from the narrowest, that the tile does not use: all
-    its symbols there are zero and are not coded.
+    The stream's first byte is the number of tables, from the narrowest, that the tile does not
+    use: all its symbols there are zero and are not coded.
     """
-    skip = int(index[symbols != 0].min(initial=len(tables)))
-    order, ends = _coding_order(index, skip, len(tables))
-    ordered = symbols[order]
-    encoder = GroupEncoder()
-    for table, start, end in zip(tables, ends[:-1], ends[1:], strict=True):
-        if end > start:
-            encoder.add(ordered[start:end], table)
-    return bytes([skip]) + encoder.finish()
+
+    def __init__(self, tables: list[Table]) -> None:
+        self._tables = tables
+        self._skip = len(tables)
+        self._passes: list[tuple[NDArray[np.int32], NDArray[np.uint8]]] = []
+
+    def add(self, symbols: NDArray[np.int32], index: NDArray[np.uint8]) -> None:
+        """The symbols of the next pass and the table index of each, both flat."""
+        self._skip = min(self._skip, int(index[symbols != 0].min(initial=self._skip)))
+        self._passes.append((symbols, index))
+
+    def finish(self) -> bytes:
+        """The tile's stream."""
+        encoder = GroupEncoder()
+        for symbols, index in self._passes:
+            order, ends = _coding_order(index, self._skip, len(self._tables))
+            ordered = symbols[order]
+            for table, start, end in zip(self._tables, ends[:-1], ends[1:], strict=True):
+                if end > start:
+                    encoder.add(ordered[start:end], table)
+        return bytes([self._skip]) + encoder.finish()
 
 
-def decode_tile(data: bytes, index: NDArray[np.uint8], tables: list[Table]) -> NDArray[np.int32]:
-    """Inverse of `encode_tile`: flat int32 symbols."""
-    if not data or data[0] > len(tables):
-        raise BitstreamError("a tile's stream has no valid first byte")
-    skip = data[0]
-    symbols = np.zeros(len(index), np.int32)
-    order, ends = _coding_order(index, skip, len(tables))
-    ordered = np.empty(len(order), np.int32)
-    decoder = GroupDecoder(data[1:])
-    for table, start, end in zip(tables, ends[:-1], ends[1:], strict=True):
-        if end > start:
-            ordered[start:end] = decoder.take(end - start, table)
-    symbols[order] = ordered
-    return symbols
+class TileDecoder:
+    """Decodes what `TileEncoder` wrote, pass by pass."""
+
+    def __init__(self, data: bytes, tables: list[Table]) -> None:
+        """Raises BitstreamError if `data` cannot be a tile's stream; so does `take`."""
+        if not data or data[0] > len(tables):
+            raise BitstreamError("a tile's stream has no valid first byte")
+        self._tables = tables
+        self._skip = data[0]
+        self._decoder = GroupDecoder(data[1:])
+
+    def take(self, index: NDArray[np.uint8]) -> NDArray[np.int32]:
+        """The symbols of the next pass, given the table index of each, both flat."""
+        symbols = np.zeros(len(index), np.int32)
+        order, ends = _coding_order(index, self._skip, len(self._tables))
+        ordered = np.empty(len(order), np.int32)
+        for table, start, end in zip(self._tables, ends[:-1], ends[1:], strict=True):
+            if end > start:
+                ordered[start:end] = self._decoder.take(end - start, table)
+        symbols[order] = ordered
+        return symbols
 
 
 def _coding_order(

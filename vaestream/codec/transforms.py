@@ -87,8 +87,8 @@ def dct_basis(latent_channels: int) -> Tensor:
     """Rows of an orthonormal 16x16x3 transform: DCT-II in space, a luma-chroma rotation in colour.
 
     Returns (latent_channels, 768) float32, columns ordered as two `space_to_depth(x, 4)` in a row
-    order them. Three quarters of the rows are luma, the rest split between the two chroma axes,
-    each from low to high frequency.
+    order them. Three quarters of the rows are luma, the rest split between the two chroma axes;
+    they are ordered about as their energy falls in photos.
     """
     n = torch.arange(STRIDE, dtype=torch.float64)
     dct = torch.cos(math.pi * (n[None, :] + 0.5) * n[:, None] / STRIDE) * math.sqrt(2 / STRIDE)
@@ -96,18 +96,23 @@ def dct_basis(latent_channels: int) -> Tensor:
     # Orthonormal stand-in for YCbCr: grey axis, then blue-yellow and red-green oppositions.
     colour = torch.tensor([[1.0, 1, 1], [-0.5, -0.5, 1.0], [1.0, -1.0, 0.0]], dtype=torch.float64)
     colour /= colour.norm(dim=1, keepdim=True)
-    order = sorted(
+    frequencies = sorted(
         ((u, v) for u in range(STRIDE) for v in range(STRIDE)),
         key=lambda f: (math.hypot(f[0], f[1]), f),
     )
     chroma = latent_channels // 8
     luma = latent_channels - 2 * chroma
+    # In photos, chroma falls off with frequency about four times as fast as luma.
+    chosen = sorted(
+        (math.hypot(u, v) if axis == 0 else 1 + 4 * math.hypot(u, v), axis, u, v)
+        for axis, count in ((0, luma), (1, chroma), (2, chroma))
+        for u, v in frequencies[:count]
+    )
     rows = [
         space_to_depth(
             space_to_depth(torch.einsum("c,i,j->cij", colour[axis], dct[u], dct[v])[None], 4), 4
         ).reshape(-1)
-        for axis, count in ((0, luma), (1, chroma), (2, chroma))
-        for u, v in order[:count]
+        for _, axis, u, v in chosen
     ]
     return torch.stack(rows).float()
 

@@ -20,23 +20,17 @@ from torch import Tensor
 
 from vaestream.errors import WeightsError
 
+from .config import NUM_SCALES, SCALE_MAX, SCALE_MIN, Z_LIMIT, ModelConfig
 from .entropy import Table
-from .exact import known_answer
-from .hyperprior import (
-    NUM_SCALES,
-    SCALE_MAX,
-    SCALE_MIN,
-    SCALE_WEIGHT_BITS,
-    Z_LIMIT,
-    Hyperprior,
-    ModelConfig,
-)
+from .exact import ExactScaleBranch
+from .hyperprior import Hyperprior
+from .priors import SCALE_WEIGHT_BITS, integer_weight
 from .transforms import QUALITY_NODES
 
 _FORMAT = "vaestream-weights"
-_VERSION = "1"
+_VERSION = "2"
+_READABLE = ("1", "2")  # version 1 is a model without contexts
 _BFLOAT16_PARTS = ("g_a.", "g_s.", "h_a.")
-_SCALE_LAYERS = ("up1", "up2", "project")
 _TOTAL_COUNT = 1 << 22
 _PRIOR_STRENGTH = 32.0  # symbols of prior for every symbol a table holds
 _TAIL = 6.0  # a table reaches this many standard deviations; beyond it is the escape
@@ -72,8 +66,8 @@ def export_weights(
         if name.startswith(_BFLOAT16_PARTS) and not name.endswith((".linear", ".nodes")):
             stored = stored.bfloat16()
         tensors[name] = stored.contiguous()
-    for name, (weight, _, _) in zip(_SCALE_LAYERS, model.h_s_scale.integer_layers(), strict=True):
-        tensors[f"h_s_scale.{name}.weight"] = weight.to(torch.int8).contiguous()
+        if _is_integer(name):
+            tensors[name] = integer_weight(stored).to(torch.int8)
     y_tables = gaussian_tables()
     if symbol_counts is not None:
         y_tables = [
@@ -86,7 +80,11 @@ def export_weights(
         "format": _FORMAT,
         "version": _VERSION,
         "config": json.dumps(asdict(model.config), sort_keys=True),
-        "known_answer": str(known_answer(model.h_s_scale)),
+        "known_answer": str(
+            ExactScaleBranch(
+                model.h_s_scale.integer_layers(), torch.device("cpu"), torch.int64
+            ).answer()
+        ),
     }
     return save_safetensors(tensors, metadata)
 
@@ -101,17 +99,17 @@ def import_weights(data: bytes) -> Weights:
         raise WeightsError(f"not a safetensors file: {error}") from error
     if metadata.get("format") != _FORMAT:
         raise WeightsError("a safetensors file, but not of vaestream weights")
-    if metadata.get("version") != _VERSION:
+    if metadata.get("version") not in _READABLE:
         raise WeightsError(
-            f"weights of version {metadata.get('version')}; this release reads {_VERSION}"
+            f"weights of version {metadata.get('version')}; "
+            f"this release reads {' and '.join(_READABLE)}"
         )
     try:
         model = Hyperprior(ModelConfig(**json.loads(metadata["config"])))
         y_tables = _unpack_tables("tables.y", tensors)
         z_flat = _unpack_tables("tables.z", tensors)
-        for name in _SCALE_LAYERS:
-            key = f"h_s_scale.{name}.weight"
-            tensors[key] = tensors[key].float() / 2**SCALE_WEIGHT_BITS
+        for name in filter(_is_integer, tensors):
+            tensors[name] = tensors[name].float() / 2**SCALE_WEIGHT_BITS
         model.load_state_dict({k: v.float() for k, v in tensors.items()})
         answer = int(metadata["known_answer"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -122,6 +120,11 @@ def import_weights(data: bytes) -> Weights:
     z_tables = [z_flat[n * channels : (n + 1) * channels] for n in range(QUALITY_NODES)]
     digest = hashlib.sha256(data).hexdigest()
     return Weights(model.eval().requires_grad_(False), y_tables, z_tables, answer, digest)
+
+
+def _is_integer(name: str) -> bool:
+    """Whether a tensor is a weight of the scale branch."""
+    return name.startswith("h_s_scale.") and name.endswith(".weight")
 
 
 def gaussian_tables() -> list[Table]:

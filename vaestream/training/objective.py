@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vaestream.codec.hyperprior import TrainingOutput, quality_to_lambda
+from vaestream.codec.config import quality_to_lambda
+from vaestream.codec.hyperprior import TrainingOutput
 
 _BALANCE_EXPONENT = -0.46
 _BALANCE_LAMBDA = 0.016
@@ -27,7 +28,7 @@ def rate_distortion(output: TrainingOutput, x: Tensor, quality: Tensor) -> Cost:
     weight the high qualities would drown the low ones, where BD-rate is just as sensitive.
     """
     pixels = x.shape[-2] * x.shape[-1]
-    bpp = (output.y_bits.flatten(1).sum(1) + output.z_bits.flatten(1).sum(1)) / pixels
+    bpp = (output.y_bits + output.z_bits) / pixels
     mse = (output.x_hat - x).square().flatten(1).mean(1)
     lam = quality_to_lambda(quality)
     weight = (lam / _BALANCE_LAMBDA) ** _BALANCE_EXPONENT

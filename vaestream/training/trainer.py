@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vaestream.codec.hyperprior import Hyperprior, ModelConfig
+from vaestream.codec.config import STANDARD, ModelConfig
+from vaestream.codec.hyperprior import Hyperprior
 from vaestream.codec.weights_file import import_weights
 from vaestream.errors import WeightsError
 
@@ -84,7 +85,7 @@ def train(
         ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     )
     torch.manual_seed(settings.seed)
-    model = _load_model(Path(init)) if init is not None else Hyperprior(config or ModelConfig())
+    model = _load_model(Path(init)) if init is not None else Hyperprior(config or STANDARD)
     model.to(torch_device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     run = _Run(model, settings, minutes, steps, linear_start=init is None)

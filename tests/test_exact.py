@@ -33,7 +33,7 @@ def indices(branch: ScaleBranch, z: torch.Tensor, dtype: torch.dtype = torch.flo
     known = symbols(*features.shape[:2])
     return np.concatenate(
         [
-            exact.indices(number, features, known[:, :, : p.known]).numpy()
+            exact.indices(number, features[None], known[None, :, :, : p.known])[0].numpy()
             for number, p in enumerate(branch.passes)
         ],
         axis=2,
@@ -94,8 +94,8 @@ def test_flags_threads_and_autocast_change_nothing(branch: ScaleBranch) -> None:
 def test_a_part_of_the_features_gives_that_part_of_the_indices(branch: ScaleBranch) -> None:
     exact = ExactScaleBranch(branch.integer_layers(), torch.device("cpu"))
     features = exact.features(hyper_latents())
-    whole = exact.indices(0, features)
-    assert torch.equal(exact.indices(0, features[5:13, 7:8]), whole[5:13, 7:8])
+    whole = exact.indices(0, features[None])
+    assert torch.equal(exact.indices(0, features[None, 5:13, 7:8]), whole[:, 5:13, 7:8])
 
 
 def test_sums_that_float32_cannot_count_are_refused() -> None:

@@ -23,6 +23,10 @@ TILE = 32
 """Latents a tile spans in each direction: 512 pixels."""
 
 MAX_SIDE = 1 << 20
+
+Rectangle = tuple[int, int, int, int]
+"""(top, left, bottom, right) in latents."""
+
 _GRAY = 1
 _FIXED = struct.Struct(f"<4sBBH{MODEL_ID_BYTES}s")
 
@@ -46,8 +50,8 @@ class Header:
         """(rows, columns) of the grid of y."""
         return -(-self.height // STRIDE), -(-self.width // STRIDE)
 
-    def tiles(self) -> list[tuple[int, int, int, int]]:
-        """(top, left, bottom, right) in latents of every tile, row by row."""
+    def tiles(self) -> list[Rectangle]:
+        """The rectangle of every tile, row by row."""
         rows, columns = self.latent_size
         return [
             (top, left, min(top + TILE, rows), min(left + TILE, columns))

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from vaestream.errors import BitstreamError, ModelMismatchError, WeightsError
 
-from .bitstream import MAX_SIDE, MODEL_ID_BYTES, Bitstream, Header, pack, unpack
+from .bitstream import MAX_SIDE, MODEL_ID_BYTES, Bitstream, Header, Rectangle, pack, unpack
 from .config import HYPER_STRIDE, Z_LIMIT
-from .networks import Networks, SideInformation, TilePrior, best_dtype
+from .networks import Networks, SideInformation, TilePrior, best_dtype, cut
 from .rate_control import rounding_offsets, sample_patches, solve_quality
 from .streams import TileDecoder, TileEncoder, decode_z, encode_z
 from .weights_file import import_weights
 
 _WINDOW_PIXELS = 2048
+_TILES_AT_ONCE = 8
 _SEARCH_QUALITY = 50.0
 _RATE_TOLERANCE = 0.02
 _PSNR_TOLERANCE = 0.05
@@ -170,9 +171,10 @@ class Codec:
             y = self._analyse(image, quality).mul_(self.networks.gain(q))
             side = self.networks.side_information(self.networks.hyper_analyse(y), q)
             counts = [np.zeros(len(t.counts), np.int64) for t in self._y_tables]
-            for top, left, bottom, right in header.tiles():
-                prior = side.tile(top, left, bottom, right)
-                for flat, number in self._quantise(y[top:bottom, left:right], prior):
+            for _, rectangles in _batches(header.tiles()):
+                prior = side.tiles(rectangles)
+                for symbols, index in self._quantise(cut(y, rectangles), prior):
+                    flat, number = symbols.ravel(), index.ravel()
                     for i in np.unique(number):
                         table = self._y_tables[i]
                         category = flat[number == i] - table.low
@@ -266,16 +268,15 @@ class Codec:
         z_hat = self.networks.hyper_analyse(y)
         side = self.networks.side_information(z_hat, q)
         z_stream = encode_z(z_hat[0].cpu().numpy(), self._tables_of_z(quality))
-        streams = []
-        for top, left, bottom, right in header.tiles():
-            tile = y[top:bottom, left:right]
-            prior = side.tile(top, left, bottom, right)
-            encoder = TileEncoder(self._y_tables)
-            for symbols, index in self._quantise(tile, prior):
-                encoder.add(symbols, index)
-            streams.append(encoder.finish())
+        encoders = [TileEncoder(self._y_tables) for _ in range(header.num_tiles)]
+        for numbers, rectangles in _batches(header.tiles()):
+            prior = side.tiles(rectangles)
+            for symbols, index in self._quantise(cut(y, rectangles), prior):
+                for i, number in enumerate(numbers):
+                    encoders[number].add(symbols[i], index[i])
             if measure:
-                torch.div(prior.y_hat(), gain, out=tile)
+                _paste(y, rectangles, prior.y_hat(), gain)
+        streams = [encoder.finish() for encoder in encoders]
         psnr = None
         if measure:
             decoded = self.networks.synthesise(y, q, height, width)
@@ -284,26 +285,29 @@ class Codec:
         return Encoded(pack(header, z_stream, streams), quality, psnr)
 
     def _quantise(
-        self, tile: Tensor, prior: TilePrior
+        self, y: Tensor, prior: TilePrior
     ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.uint8]]]:
-        """Flat symbols and table indices of a tile of scaled latents, pass by pass.
+        """Symbols and table indices of tiles of scaled latents, pass by pass: (tiles, symbols).
 
         Symbols are rounded with a dead zone that is wider where leaving zero is dearer.
         """
         for number, p in enumerate(self.networks.config.passes):
             mean, index = prior.predict(number, p)
-            residual = tile[:, :, p.start : p.stop] - mean
+            residual = y[..., p.start : p.stop] - mean
             magnitude = torch.floor(residual.abs() + self._rounding[index.int()])
             symbols = torch.copysign(magnitude, residual)
             prior.reveal(p, symbols, mean)
             mask = prior.mask(p)
             if mask is not None:
-                symbols, index = symbols[mask], index[mask]
-            yield symbols.to(torch.int32).flatten().cpu().numpy(), index.flatten().cpu().numpy()
+                symbols, index = symbols[:, mask], index[:, mask]
+            yield (
+                symbols.to(torch.int32).flatten(1).cpu().numpy(),
+                index.flatten(1).cpu().numpy(),
+            )
 
     @torch.inference_mode()
     def decode_symbols(self, blob: bytes) -> list[NDArray[np.int32]]:
-        """The integers of a bitstream, exact on every device: z_hat, then each pass of each tile.
+        """The integers of a bitstream, exact on every device: z_hat, then each pass over tiles.
 
         For comparing devices and settings; raises what `decode` raises.
         """
@@ -311,8 +315,9 @@ class Codec:
             stream, z_hat = self._open(blob)
             side = self._side_information(z_hat, self.networks.quality(stream.header.quality))
             found = [z_hat]
-            for rectangle, data in zip(stream.header.tiles(), stream.tiles, strict=True):
-                found += self._decode_tile(data, side.tile(*rectangle))
+            for numbers, rectangles in _batches(stream.header.tiles()):
+                data = [stream.tiles[n] for n in numbers]
+                found += self._decode_tiles(data, side.tiles(rectangles))
             return found
 
     def _decode_one(self, blob: bytes) -> NDArray[np.uint8]:
@@ -323,10 +328,10 @@ class Codec:
         rows, columns = header.latent_size
         y_hat = torch.empty((rows, columns, self.networks.config.latent), device=self.device)
         side = self._side_information(z_hat, q)
-        for (top, left, bottom, right), data in zip(header.tiles(), stream.tiles, strict=True):
-            prior = side.tile(top, left, bottom, right)
-            self._decode_tile(data, prior)
-            torch.div(prior.y_hat(), gain, out=y_hat[top:bottom, left:right])
+        for numbers, rectangles in _batches(header.tiles()):
+            prior = side.tiles(rectangles)
+            self._decode_tiles([stream.tiles[n] for n in numbers], prior)
+            _paste(y_hat, rectangles, prior.y_hat(), gain)
         pixels = self.networks.synthesise(y_hat, q, header.height, header.width)
         if header.channels == 1:
             pixels = _to_gray(pixels)
@@ -354,21 +359,23 @@ class Codec:
             torch.from_numpy(z_hat)[None].to(self.device), quality
         )
 
-    def _decode_tile(self, data: bytes, prior: TilePrior) -> list[NDArray[np.int32]]:
-        """Decode a tile's stream into its prior; returns the flat symbols of each pass."""
-        decoder = TileDecoder(data, self._y_tables)
+    def _decode_tiles(
+        self, streams: Sequence[bytes], prior: TilePrior
+    ) -> list[NDArray[np.int32]]:
+        """Decode tiles of one shape into their prior; returns the symbols of each pass."""
+        decoders = [TileDecoder(data, self._y_tables) for data in streams]
         found = []
         for number, p in enumerate(self.networks.config.passes):
             mean, index = prior.predict(number, p)
             mask = prior.mask(p)
-            coded = index if mask is None else index[mask]
-            flat = decoder.take(coded.flatten().cpu().numpy())
+            coded = (index if mask is None else index[:, mask]).flatten(1).cpu().numpy()
+            flat = np.stack([d.take(i) for d, i in zip(decoders, coded, strict=True)])
             symbols = torch.from_numpy(flat).to(self.device).float()
             if mask is None:
                 symbols = symbols.view(mean.shape)
             else:
                 everywhere = torch.zeros_like(mean)
-                everywhere[mask] = symbols.view(coded.shape)
+                everywhere[:, mask] = symbols.view(len(flat), -1, mean.shape[3])
                 symbols = everywhere
             prior.reveal(p, symbols, mean)
             found.append(flat)
@@ -385,6 +392,25 @@ def shipped_weights() -> bytes:
         return (folder / "vaestream.safetensors").read_bytes()
     except FileNotFoundError as error:
         raise WeightsError(f"this installation holds no weights: {error.filename}") from error
+
+
+def _batches(
+    rectangles: Sequence[Rectangle],
+) -> Iterator[tuple[list[int], list[Rectangle]]]:
+    """Tiles that are computed together: some of one shape, with their numbers."""
+    by_shape: dict[tuple[int, int], list[int]] = {}
+    for number, (top, left, bottom, right) in enumerate(rectangles):
+        by_shape.setdefault((bottom - top, right - left), []).append(number)
+    for numbers in by_shape.values():
+        for start in range(0, len(numbers), _TILES_AT_ONCE):
+            chosen = numbers[start : start + _TILES_AT_ONCE]
+            yield chosen, [rectangles[n] for n in chosen]
+
+
+def _paste(y: Tensor, rectangles: Sequence[Rectangle], tiles: Tensor, gain: Tensor) -> None:
+    """Write tiles of scaled latents, with the gain removed, into y (rows, columns, latent)."""
+    for (top, left, bottom, right), tile in zip(rectangles, tiles, strict=True):
+        torch.div(tile, gain, out=y[top:bottom, left:right])
 
 
 def _fetch(url: str | os.PathLike[str], storage_options: dict[str, Any] | None) -> bytes:

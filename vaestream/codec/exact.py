@@ -19,8 +19,6 @@ from .config import Z_LIMIT
 from .priors import MAGNITUDE_LIMIT, MAGNITUDE_UNIT, IntegerLayer, ScaleLayers
 from .transforms import depth_to_space
 
-_ROWS_AT_ONCE = 1 << 14
-
 
 class ExactScaleBranch:
     """Table indices, equal on every device, batch, thread count and torch setting."""
@@ -46,15 +44,15 @@ class ExactScaleBranch:
         """(1, hyper, h, w) integers in [-255, 255] -> (4h, 4w, scale_width) uint8."""
         hidden = z_hat
         for operand in self._up:
-            x = hidden[0].permute(1, 2, 0).to(self._dtype)
-            hidden = depth_to_space(_convolve(x, operand).permute(2, 0, 1)[None], 2)
+            x = hidden.permute(0, 2, 3, 1).to(self._dtype)
+            hidden = depth_to_space(_convolve(x, operand).permute(0, 3, 1, 2), 2)
         return hidden[0].permute(1, 2, 0)
 
     def indices(self, number: int, features: Tensor, symbols: Tensor | None = None) -> Tensor:
-        """Table index of every symbol of a pass: (h, w, channels) uint8 in [0, 63].
+        """Table index of every symbol of a pass: (tiles, h, w, channels) uint8 in [0, 63].
 
-        features: (h, w, scale_width), any part of what `features` gives. symbols: (h, w, known),
-        integers in any dtype, 0 where not known; for a pass that has a context.
+        features: (tiles, h, w, scale_width), any parts of what `features` gives. symbols: (tiles,
+        h, w, known), integers in any dtype, 0 where not known; for a pass that has a context.
         """
         x = features.to(self._dtype)
         operand = self._contexts[number]
@@ -62,7 +60,7 @@ class ExactScaleBranch:
             assert symbols is not None
             magnitudes = symbols.abs().clamp_max(MAGNITUDE_LIMIT).to(self._dtype)
             hidden = _convolve(magnitudes.mul_(MAGNITUDE_UNIT), operand, beside=x)
-            x = torch.cat([x, hidden.to(self._dtype)], dim=2)
+            x = torch.cat([x, hidden.to(self._dtype)], dim=3)
         return _multiply(x, self._indices[number])
 
     def self_test(self, expected: int) -> None:
@@ -90,8 +88,8 @@ class ExactScaleBranch:
             symbols = None
             if layer.context is not None:
                 known = (layer.context.matrix.shape[0] - features.shape[2]) // 9
-                symbols = _test_pattern(known, *features.shape[:2]).to(self._device)
-            index = self.indices(number, features, symbols)
+                symbols = _test_pattern(known, *features.shape[:2]).to(self._device)[None]
+            index = self.indices(number, features[None], symbols)
             crc = zlib.crc32(index.cpu().contiguous().numpy().tobytes(), crc)
         return crc
 
@@ -105,35 +103,45 @@ class _Operand:
         self.bias = (layer.bias + (1 << (layer.shift - 1))).to(device, dtype)
         self.shift = layer.shift
         self.limit = layer.limit
+        if dtype.is_floating_point:
+            # A power of two scales without rounding: what is left of the shift is truncation.
+            self.matrix *= 2.0**-layer.shift
+            self.bias *= 2.0**-layer.shift
+
+    def requantise(self, acc: Tensor) -> Tensor:
+        """Products with the matrix, changed in place -> uint8."""
+        acc += self.bias
+        if not acc.is_floating_point():
+            acc >>= self.shift
+        return acc.clamp_(0, self.limit).to(torch.uint8)
 
 
 def _multiply(x: Tensor, operand: _Operand) -> Tensor:
     """(..., inputs) -> (..., outputs) uint8."""
     with torch.autocast(x.device.type, enabled=False):
-        acc = torch.matmul(x, operand.matrix).add_(operand.bias)
-    if acc.is_floating_point():
-        # A power of two scales without rounding, so floor is the arithmetic shift.
-        acc.mul_(2.0**-operand.shift).floor_()
-    else:
-        acc >>= operand.shift
-    return acc.clamp_(0, operand.limit).to(torch.uint8)
+        return operand.requantise(torch.matmul(x, operand.matrix))
 
 
 def _convolve(x: Tensor, operand: _Operand, beside: Tensor | None = None) -> Tensor:
-    """3x3 with zero padding over x (h, w, C), plus 1x1 over `beside`: (h, w, outputs) uint8."""
-    height, width, _ = x.shape
+    """3x3 with zero padding over x (n, h, w, C), plus 1x1 over `beside`: (n, h, w, outputs) uint8."""
+    count, height, width, channels = x.shape
     x = F.pad(x, (0, 0, 1, 1, 1, 1))
-    step = max(1, _ROWS_AT_ONCE // width)
-    parts = []
-    for top in range(0, height, step):
-        rows = min(step, height - top)
-        inputs = [
-            x[top + dy : top + dy + rows, dx : dx + width] for dy in range(3) for dx in range(3)
-        ]
-        if beside is not None:
-            inputs.append(beside[top : top + rows])
-        parts.append(_multiply(torch.cat(inputs, dim=2), operand))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    # Three neighbours side by side; the rows above and below are then slices of the same tensor.
+    x = torch.cat([x[:, :, dx : dx + width] for dx in range(3)], dim=3)
+    outputs = operand.matrix.shape[1]
+    acc = torch.empty((count, height * width, outputs), dtype=x.dtype, device=x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        for number in range(count):
+            for dy, matrix in enumerate(operand.matrix[: 9 * channels].chunk(3)):
+                rows = x[number, dy : dy + height].reshape(height * width, 3 * channels)
+                if dy == 0:
+                    torch.mm(rows, matrix, out=acc[number])
+                else:
+                    acc[number].addmm_(rows, matrix)
+            if beside is not None:
+                rows = beside[number].reshape(height * width, -1)
+                acc[number].addmm_(rows, operand.matrix[9 * channels :])
+    return operand.requantise(acc).view(count, height, width, outputs)
 
 
 def _test_pattern(channels: int, height: int, width: int) -> Tensor:

@@ -5,20 +5,23 @@ its bitstream and its pixels cannot depend on which photos come with it (library
 give the same last bits for different batch sizes).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .bitstream import Rectangle
 from .config import HYPER_STRIDE, Z_LIMIT, CodingPass
 from .exact import ExactScaleBranch
-from .transforms import STRIDE, depth_to_space, space_to_depth
+from .transforms import CORRECTION_UNIT, STRIDE, space_to_depth
 from .weights_file import Weights
 from .windows import windows
 
 _LATENTS_PER_Z = HYPER_STRIDE // STRIDE
 _STRIP = 64  # rows of latents
+_FINISH_POSITIONS = 512
 
 
 class SideInformation:
@@ -30,66 +33,73 @@ class SideInformation:
         self._mean = mean[0].permute(1, 2, 0)
         self._scale = networks.exact.features(z_hat)
 
-    def tile(self, top: int, left: int, bottom: int, right: int) -> "TilePrior":
-        """The prior of the symbols in a rectangle of latents."""
+    def tiles(self, rectangles: Sequence[Rectangle]) -> "TilePrior":
+        """The prior of the symbols in some tiles of one shape."""
         return TilePrior(
-            self._networks, self._mean[top:bottom, left:right], self._scale[top:bottom, left:right]
+            self._networks, cut(self._mean, rectangles), cut(self._scale, rectangles)
         )
 
 
 class TilePrior:
-    """Mean and table index of a tile's symbols, pass by pass, as they become known.
+    """Mean and table index of the symbols of tiles, pass by pass, as they become known.
 
     For every pass in `ModelConfig.passes`, in order: `predict`, then `reveal`. A tile knows nothing
-    of its neighbours, so that each can be decoded alone.
+    of its neighbours, so that each can be decoded alone; tiles of one shape are computed together
+    because that is faster. All tensors are (tiles, h, w, channels).
     """
 
     def __init__(self, networks: "Networks", mean_features: Tensor, scale_features: Tensor) -> None:
-        """Features: (h, w, mean_width) float32 and (h, w, scale_width) uint8."""
+        """Features: mean_width channels float32 and scale_width channels uint8."""
         self._exact = networks.exact
-        self._branch = networks.model.h_s_mean
-        project = self._branch.project
+        self._contexts = networks.mean_contexts
+        project = networks.model.h_s_mean.project
         self._mean = F.linear(mean_features, project.weight[:, :, 0, 0], project.bias)
         self._features = scale_features
-        size = self._mean.shape[:2]
         passes = networks.config.passes
-        self._masks = {p.parity: p.mask(*size, self._mean.device) for p in passes}
+        self._masks = {p.parity: p.mask(*self._mean.shape[1:3], self._mean.device) for p in passes}
         self._residual = torch.empty_like(self._mean)
         # The last group's symbols are context to none.
         known = max(p.known for p in passes)
-        self._symbols = self._mean.new_zeros((*size, known))
+        self._symbols = self._mean.new_zeros((*self._mean.shape[:3], known))
 
     def mask(self, p: CodingPass) -> Tensor | None:
         """(h, w) bool, True where the pass codes; None where it codes everywhere."""
         return self._masks[p.parity]
 
     def predict(self, number: int, p: CodingPass) -> tuple[Tensor, Tensor]:
-        """Mean and table index of a pass: (h, w, channels) float32 and uint8."""
-        mean = self._mean[:, :, p.start : p.stop]
+        """Mean and table index of a pass: float32 and uint8."""
+        mean = self._mean[..., p.start : p.stop]
         if not p.known:
             return mean, self._exact.indices(number, self._features)
-        residual = self._residual[:, :, : p.known].permute(2, 0, 1)[None]
-        correction = self._branch.correction(number, residual)[0].permute(1, 2, 0)
-        symbols = self._symbols[:, :, : p.known]
-        return mean + correction, self._exact.indices(number, self._features, symbols)
+        mix, out = self._contexts[number]
+        residual = self._residual[..., : p.known].permute(0, 3, 1, 2)
+        hidden = F.conv2d(residual, mix, padding=1).permute(0, 2, 3, 1)
+        symbols = self._symbols[..., : p.known]
+        return mean + F.linear(hidden, out), self._exact.indices(number, self._features, symbols)
 
     def reveal(self, p: CodingPass, symbols: Tensor, mean: Tensor) -> None:
-        """Take in the symbols of a pass, (h, w, channels) float32, and the mean it was given."""
+        """Take in the symbols of a pass, float32, and the mean it was given."""
         part = slice(p.start, p.stop)
-        decoded = symbols + (mean - self._mean[:, :, part])
+        decoded = symbols + (mean - self._mean[..., part])
         mask = self.mask(p)
         if mask is not None:
             if p.parity == 0:
-                self._residual[:, :, part] = 0
-            decoded = torch.where(mask[:, :, None], decoded, self._residual[:, :, part])
-            symbols = torch.where(mask[:, :, None], symbols, self._symbols[:, :, part])
-        self._residual[:, :, part] = decoded
-        if p.stop <= self._symbols.shape[2]:
-            self._symbols[:, :, part] = symbols
+                self._residual[..., part] = 0
+            decoded = torch.where(mask[:, :, None], decoded, self._residual[..., part])
+            symbols = torch.where(mask[:, :, None], symbols, self._symbols[..., part])
+        self._residual[..., part] = decoded
+        if p.stop <= self._symbols.shape[3]:
+            self._symbols[..., part] = symbols
 
     def y_hat(self) -> Tensor:
-        """The reconstruction in steps, (h, w, latent) float32, once all passes are revealed."""
+        """The reconstruction in steps, float32, once all passes are revealed."""
         return self._residual.add_(self._mean)
+
+
+def cut(grid: Tensor, rectangles: Sequence[Rectangle]) -> Tensor:
+    """Rectangles of one shape out of (rows, columns, channels): (n, h, w, channels)."""
+    parts = [grid[top:bottom, left:right] for top, left, bottom, right in rectangles]
+    return parts[0][None] if len(parts) == 1 else torch.stack(parts)
 
 
 class Networks:
@@ -108,6 +118,7 @@ class Networks:
             for module in part.modules():
                 if isinstance(module, torch.nn.Conv2d):
                     module.to(dtype)
+        self.mean_contexts = self.model.h_s_mean.folded_contexts()
         self.exact = ExactScaleBranch(self.model.h_s_scale.integer_layers(), device)
         self.exact.self_test(weights.known_answer)
 
@@ -171,15 +182,38 @@ class Networks:
         pixels = torch.empty((height, width, 3), dtype=torch.uint8, device=self.device)
         for w in windows(rows, columns, size=self._window, halo=self.config.synthesis_radius):
             outer = y_hat[w.outer_top : w.outer_bottom, w.outer_left : w.outer_right]
-            quarter = self.model.g_s.quarter(outer.permute(2, 0, 1)[None], quality)
-            inner = quarter[:, :, *w.inner(STRIDE // 4)]
-            # Rounding before the last rearrangement moves a quarter of the bytes.
-            levels = (inner + 128.5).clamp_(0, 255).to(torch.uint8)
-            part = depth_to_space(levels, 4)[0].permute(1, 2, 0)
-            top, left = w.top * STRIDE, w.left * STRIDE
-            target = pixels[top : w.bottom * STRIDE, left : w.right * STRIDE]
-            target.copy_(part[: target.shape[0], : target.shape[1]])
+            correction = self.model.g_s.correction(outer.permute(2, 0, 1)[None], quality)
+            inner = correction[(0, slice(None), *w.inner(STRIDE // 4))].permute(1, 2, 0)
+            self._finish(
+                y_hat[w.top : w.bottom, w.left : w.right],
+                inner,
+                pixels[w.top * STRIDE : w.bottom * STRIDE, w.left * STRIDE : w.right * STRIDE],
+            )
         return pixels
+
+    def _finish(self, y_hat: Tensor, correction: Tensor, target: Tensor) -> None:
+        """Linear path plus correction, (4h, 4w, 48), into target, uint8 up to (16h, 16w, 3).
+
+        In strips that stay in a cache: whole, this would move more memory than the convolutions.
+        """
+        height, width, latent = y_hat.shape
+        offset = torch.full((768,), 128.5, device=y_hat.device)  # rounds, once truncated
+        step = max(1, _FINISH_POSITIONS // width)
+        for top in range(0, height, step):
+            strip = y_hat[top : top + step]
+            rows = strip.shape[0]
+            levels = F.linear(strip.reshape(-1, latent), self.model.g_s.linear, offset)
+            # (row, column, dy of 4, dx of 4, 48): every latent's 4x4 places of the correction
+            levels = levels.view(rows, width, 4, 4, 48)
+            part = correction[4 * top : 4 * (top + rows)].reshape(rows, 4, width, 4, 48)
+            levels.add_(part.transpose(1, 2), alpha=CORRECTION_UNIT).clamp_(0, 255)
+            # 48 is (dy, dx, colour) within such a place
+            places = levels.to(torch.uint8).view(rows, width, 4, 4, 4, 4, 3)
+            part_pixels = places.permute(0, 2, 4, 1, 3, 5, 6).reshape(
+                rows * STRIDE, width * STRIDE, 3
+            )
+            wanted = target[top * STRIDE : (top + rows) * STRIDE]
+            wanted.copy_(part_pixels[: wanted.shape[0], : wanted.shape[1]])
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

@@ -101,6 +101,15 @@ class MeanBranch(nn.Module):
         out: Tensor = self.context[str(number)](residual)
         return out
 
+    def folded_contexts(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """`MeanContext.fold` of every pass that has a context."""
+        folded = {}
+        for number, context in self.context.items():
+            assert isinstance(context, MeanContext)
+            mix, out = context.fold()
+            folded[int(number)] = mix.contiguous(memory_format=torch.channels_last), out
+        return folded
+
 
 class MeanContext(nn.Module):
     """Linear, without bias: the correction then scales with the step, whatever the quality."""
@@ -119,6 +128,16 @@ class MeanContext(nn.Module):
     def forward(self, residual: Tensor) -> Tensor:
         out: Tensor = self.out(self.mix(residual / self._unit_in)) * self._unit_out
         return out
+
+    def fold(self) -> tuple[Tensor, Tensor]:
+        """Weights of `mix` (width, known, 3, 3) and `out` (channels, width) with the units in."""
+        return self.mix.weight / self._unit_in, (self.out.weight * self._unit_out[:, None])[..., 0, 0]
+
+    def unfold(self, mix: Tensor, out: Tensor) -> None:
+        """Take over what `fold` gave."""
+        with torch.no_grad():
+            self.mix.weight.copy_(mix * self._unit_in)
+            self.out.weight.copy_(out[..., None, None] / self._unit_out[:, None])
 
 
 @dataclass(frozen=True)

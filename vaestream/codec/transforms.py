@@ -24,6 +24,9 @@ from torch import Tensor, nn
 STRIDE = 16
 """Pixels a latent position spans in each direction."""
 
+CORRECTION_UNIT = 16
+"""What the network paths give is in this unit, so that their weights stay near one."""
+
 QUALITY_NODES = 11
 """Nodes of every quality-dependent table: one every 10 quality units."""
 
@@ -149,7 +152,7 @@ class Analysis(nn.Module):
         hidden = self.blocks8(hidden)
         hidden = self.blocks16(self.down(hidden))
         correction: Tensor = self.project(hidden)
-        return torch.add(y, correction, alpha=16)
+        return torch.add(y, correction, alpha=CORRECTION_UNIT)
 
 
 class Synthesis(nn.Module):
@@ -173,20 +176,21 @@ class Synthesis(nn.Module):
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
 
     def forward(self, y_hat: Tensor, quality: Tensor, *, linear_only: bool = False) -> Tensor:
-        return depth_to_space(self.quarter(y_hat, quality, linear_only=linear_only), 4)
-
-    def quarter(self, y_hat: Tensor, quality: Tensor, *, linear_only: bool = False) -> Tensor:
-        """`forward` before its last depth_to_space: float32 (N, 48, H/4, W/4)."""
         linear = depth_to_space(_pointwise(y_hat, self.linear), 4)
-        if linear_only:
-            return linear
+        if not linear_only:
+            correction = self.correction(y_hat, quality)
+            linear = torch.add(linear, correction, alpha=CORRECTION_UNIT)
+        return depth_to_space(linear, 4)
+
+    def correction(self, y_hat: Tensor, quality: Tensor) -> Tensor:
+        """The network's path, (N, 48, H/4, W/4), in units of CORRECTION_UNIT levels."""
         hidden = self.project(y_hat.to(self.project.weight.dtype) * (1 / 64))
         hidden = F.relu(hidden.add_(self.condition(quality).to(hidden.dtype)), inplace=True)
         hidden = self.up(self.blocks16(hidden))
         hidden = self.blocks8(depth_to_space(hidden, 2))
         hidden = F.relu(depth_to_space(self.expand(hidden), 2), inplace=True)
         correction: Tensor = self.head(hidden)
-        return torch.add(linear, correction, alpha=16)
+        return correction
 
 
 def receptive_radius(blocks8: int, blocks16: int) -> int:

@@ -154,6 +154,13 @@ def test_a_header_that_claims_too_much_is_refused_at_once(codec: Codec) -> None:
         codec.decode([hostile])
 
 
+def test_pictures_beyond_the_limit_are_refused(codec: Codec) -> None:
+    blobs = codec.encode([photo_like(20, 30)], 20)
+    assert codec.decode(blobs, max_pixels=600)[0].shape == (20, 30, 3)
+    with pytest.raises(BitstreamError, match="30x20"):
+        codec.decode(blobs, max_pixels=599)
+
+
 @pytest.mark.parametrize(
     "stream",
     [
@@ -178,7 +185,7 @@ def test_wrong_streams_under_right_crcs_are_refused(codec: Codec, stream: bytes)
 
 
 def test_another_model_is_named(codec: Codec) -> None:
-    stranger = Codec.load(GOLDEN / "tiny.safetensors", device="cpu")
+    stranger = Codec.load(GOLDEN / "context" / "tiny.safetensors", device="cpu")
     (blob,) = codec.encode([photo_like(32, 32)])
     with pytest.raises(ModelMismatchError, match=codec.model_id[:16]):
         stranger.decode([blob])
@@ -225,12 +232,14 @@ def test_the_callers_torch_settings_are_left_alone(codec: Codec) -> None:
     assert state == (torch.get_num_threads(), torch.get_float32_matmul_precision())
 
 
-def test_golden_bitstreams_still_decode() -> None:
-    """Written once with a tiny model; every later release must read them the same."""
-    codec = Codec.load(GOLDEN / "tiny.safetensors", device="cpu", precision="float32")
+@pytest.mark.parametrize("model", ["hyperprior", "context"])
+def test_golden_bitstreams_still_decode(model: str) -> None:
+    """Written once with tiny models; every later release must read them the same."""
+    folder = GOLDEN / model
+    codec = Codec.load(folder / "tiny.safetensors", device="cpu", precision="float32")
     for name in ("gray", "colour", "tiles"):
-        (decoded,) = codec.decode([(GOLDEN / f"{name}.vst").read_bytes()])
-        expected = np.load(GOLDEN / f"{name}.npy")
+        (decoded,) = codec.decode([(folder / f"{name}.vst").read_bytes()])
+        expected = np.load(folder / f"{name}.npy")
         assert np.abs(decoded.astype(int) - expected).max() <= 1
 
 
@@ -241,16 +250,16 @@ def test_unusable_weights_are_named(tmp_path: Path) -> None:
         with pytest.raises(WeightsError, match=path.name):
             Codec.load(path)
     torn = tmp_path / "torn.safetensors"
-    torn.write_bytes((GOLDEN / "tiny.safetensors").read_bytes()[:5000])
+    torn.write_bytes((GOLDEN / "context" / "tiny.safetensors").read_bytes()[:5000])
     with pytest.raises(WeightsError, match="torn"):
         Codec.load(torn)
 
 
 def test_unknown_devices_are_refused() -> None:
     with pytest.raises(ValueError, match="nonsense"):
-        Codec.load(GOLDEN / "tiny.safetensors", device="nonsense")
+        Codec.load(GOLDEN / "context" / "tiny.safetensors", device="nonsense")
     with pytest.raises(ValueError, match="precision"):
-        Codec.load(GOLDEN / "tiny.safetensors", precision="int3")
+        Codec.load(GOLDEN / "context" / "tiny.safetensors", precision="int3")
 
 
 def test_the_shipped_model_beats_jpeg_on_a_photo() -> None:

@@ -1,4 +1,9 @@
-"""Write the golden files. Run by hand, and only when a new format version starts."""
+"""Write golden files of the present format into a folder of their own.
+
+    python tests/golden/make.py NAME
+
+Run by hand, and only when the format changes: the files that are there stay as they are.
+"""
 
 import sys
 from pathlib import Path
@@ -15,12 +20,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from test_codec import GOLDEN, photo_like
 
 torch.manual_seed(1)
-model = Hyperprior(ModelConfig(16, 4, 8, 8, 1, 1, 1, 1, 4, 4))
+folder = GOLDEN / sys.argv[1]
+folder.mkdir()
+model = Hyperprior(ModelConfig(16, 4, 8, 8, 1, 1, 1, 1, 4, 4, (2, 5, 9), 4, 4))
 with torch.no_grad():  # so that every path contributes, as in a trained model
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.02)
 weights = export_weights(model)
-(GOLDEN / "tiny.safetensors").write_bytes(weights)
+(folder / "tiny.safetensors").write_bytes(weights)
 codec = Codec(weights, torch.device("cpu"), torch.float32)
 for name, image, quality in (
     ("gray", photo_like(45, 70, channels=1), 33.33),
@@ -28,5 +35,5 @@ for name, image, quality in (
     ("tiles", photo_like(20, 530), 100.0),
 ):
     (blob,) = codec.encode([image], quality)
-    (GOLDEN / f"{name}.vst").write_bytes(blob)
-    np.save(GOLDEN / f"{name}.npy", codec.decode([blob])[0])
+    (folder / f"{name}.vst").write_bytes(blob)
+    np.save(folder / f"{name}.npy", codec.decode([blob])[0])

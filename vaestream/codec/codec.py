@@ -15,7 +15,15 @@ from torch import Tensor
 
 from vaestream.errors import BitstreamError, ModelMismatchError, WeightsError
 
-from .bitstream import MAX_SIDE, MODEL_ID_BYTES, Bitstream, Header, Rectangle, pack, unpack
+from .bitstream import (
+    MAX_SIDE,
+    MODEL_ID_BYTES,
+    Bitstream,
+    Header,
+    Rectangle,
+    pack,
+    unpack,
+)
 from .config import HYPER_STRIDE, Z_LIMIT
 from .networks import Networks, SideInformation, TilePrior, best_dtype, cut
 from .rate_control import rounding_offsets, sample_patches, solve_quality
@@ -24,6 +32,9 @@ from .weights_file import import_weights
 
 _WINDOW_PIXELS = 2048
 _TILES_AT_ONCE = 8
+MAX_PIXELS = 1 << 29
+"""What `Codec.decode` takes at most unless told otherwise."""
+
 _SEARCH_QUALITY = 50.0
 _RATE_TOLERANCE = 0.02
 _PSNR_TOLERANCE = 0.05
@@ -149,13 +160,19 @@ class Codec:
             return self._encode_to_psnr(image, target_psnr)
 
     @torch.inference_mode()
-    def decode(self, blobs: Sequence[bytes]) -> list[NDArray[np.uint8]]:
+    def decode(
+        self, blobs: Sequence[bytes], *, max_pixels: int | None = MAX_PIXELS
+    ) -> list[NDArray[np.uint8]]:
         """Decode bitstreams to uint8 pictures, (H, W, 3) or (H, W) as they were encoded.
 
-        Raises ModelMismatchError if other weights are needed, BitstreamError if a blob is damaged.
+        max_pixels: pictures beyond are refused before memory is taken, since a few bytes can claim
+        a large one; None for no limit.
+
+        Raises ModelMismatchError if other weights are needed, BitstreamError if a blob is damaged
+        or too large.
         """
         with torch.autocast(self.device.type, enabled=False):
-            return [self._decode_one(blob) for blob in blobs]
+            return [self._decode_one(blob, max_pixels) for blob in blobs]
 
     @torch.inference_mode()
     def count_symbols(self, image: NDArray[np.uint8], quality: float) -> list[NDArray[np.int64]]:
@@ -320,8 +337,8 @@ class Codec:
                 found += self._decode_tiles(data, side.tiles(rectangles))
             return found
 
-    def _decode_one(self, blob: bytes) -> NDArray[np.uint8]:
-        stream, z_hat = self._open(blob)
+    def _decode_one(self, blob: bytes, max_pixels: int | None) -> NDArray[np.uint8]:
+        stream, z_hat = self._open(blob, max_pixels)
         header = stream.header
         q = self.networks.quality(header.quality)
         gain = self.networks.gain(q)
@@ -338,10 +355,17 @@ class Codec:
         result: NDArray[np.uint8] = pixels.cpu().numpy()
         return result
 
-    def _open(self, blob: bytes) -> tuple[Bitstream, NDArray[np.int32]]:
+    def _open(
+        self, blob: bytes, max_pixels: int | None = None
+    ) -> tuple[Bitstream, NDArray[np.int32]]:
         """A checked bitstream of this model, and its z_hat (hyper, rows, columns)."""
         stream = unpack(blob)
         header = stream.header
+        if max_pixels is not None and header.width * header.height > max_pixels:
+            raise BitstreamError(
+                f"a picture of {header.width}x{header.height} has more than "
+                f"max_pixels = {max_pixels} pixels"
+            )
         if not self.model_id.startswith(header.model_id_prefix):
             raise ModelMismatchError(
                 f"written with model {header.model_id_prefix}, but the one at hand is "
@@ -359,9 +383,7 @@ class Codec:
             torch.from_numpy(z_hat)[None].to(self.device), quality
         )
 
-    def _decode_tiles(
-        self, streams: Sequence[bytes], prior: TilePrior
-    ) -> list[NDArray[np.int32]]:
+    def _decode_tiles(self, streams: Sequence[bytes], prior: TilePrior) -> list[NDArray[np.int32]]:
         """Decode tiles of one shape into their prior; returns the symbols of each pass."""
         decoders = [TileDecoder(data, self._y_tables) for data in streams]
         found = []

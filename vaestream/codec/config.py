@@ -44,7 +44,8 @@ class CodingPass:
         if self.parity is None:
             return None
         rows = torch.arange(height, device=device)[:, None]
-        return (rows + torch.arange(width, device=device)) % 2 == self.parity
+        chosen: Tensor = (rows + torch.arange(width, device=device)) % 2 == self.parity
+        return chosen
 
 
 @dataclass(frozen=True)

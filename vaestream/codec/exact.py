@@ -123,7 +123,7 @@ def _multiply(x: Tensor, operand: _Operand) -> Tensor:
 
 
 def _convolve(x: Tensor, operand: _Operand, beside: Tensor | None = None) -> Tensor:
-    """3x3 with zero padding over x (n, h, w, C), plus 1x1 over `beside`: (n, h, w, outputs) uint8."""
+    """3x3 with zero padding over x (n, h, w, C), plus 1x1 over `beside`, to uint8."""
     count, height, width, channels = x.shape
     x = F.pad(x, (0, 0, 1, 1, 1, 1))
     # Three neighbours side by side; the rows above and below are then slices of the same tensor.

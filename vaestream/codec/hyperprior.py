@@ -104,7 +104,7 @@ class Hyperprior(nn.Module):
             cost = gaussian_bits(noisy, scale_of_index(index))
             coded = round_ste(difference)
             decoded = coded + correction
-            mask = p.mask(*y.shape[-2:], y.device)
+            mask = p.mask(y.shape[2], y.shape[3], y.device)
             if mask is not None:
                 cost, coded, decoded = cost * mask, coded * mask, decoded * mask
             if p.parity == 1:  # the rest of the group that the pass before has begun

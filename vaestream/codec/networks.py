@@ -35,9 +35,7 @@ class SideInformation:
 
     def tiles(self, rectangles: Sequence[Rectangle]) -> "TilePrior":
         """The prior of the symbols in some tiles of one shape."""
-        return TilePrior(
-            self._networks, cut(self._mean, rectangles), cut(self._scale, rectangles)
-        )
+        return TilePrior(self._networks, cut(self._mean, rectangles), cut(self._scale, rectangles))
 
 
 class TilePrior:
@@ -56,7 +54,10 @@ class TilePrior:
         self._mean = F.linear(mean_features, project.weight[:, :, 0, 0], project.bias)
         self._features = scale_features
         passes = networks.config.passes
-        self._masks = {p.parity: p.mask(*self._mean.shape[1:3], self._mean.device) for p in passes}
+        _, height, width, _ = self._mean.shape
+        self._masks: dict[int | None, Tensor | None] = {
+            p.parity: p.mask(height, width, self._mean.device) for p in passes
+        }
         self._residual = torch.empty_like(self._mean)
         # The last group's symbols are context to none.
         known = max(p.known for p in passes)

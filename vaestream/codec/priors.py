@@ -33,6 +33,7 @@ MAGNITUDE_LIMIT = 15
 MAGNITUDE_UNIT = 4
 """A context reads min(|symbol|, MAGNITUDE_LIMIT) * MAGNITUDE_UNIT, with 4 fractional bits."""
 
+
 class HyperAnalysis(nn.Module):
     """h_a: (N, latent, H/16, W/16) scaled latents -> (N, hyper, H/64, W/64), not rounded."""
 
@@ -110,9 +111,18 @@ class MeanBranch(nn.Module):
             folded[int(number)] = mix.contiguous(memory_format=torch.channels_last), out
         return folded
 
+    def unfold_contexts(self) -> None:
+        """Take the weights of the contexts for what `folded_contexts` gave."""
+        for context in self.context.values():
+            assert isinstance(context, MeanContext)
+            context.unfold()
+
 
 class MeanContext(nn.Module):
     """Linear, without bias: the correction then scales with the step, whatever the quality."""
+
+    _unit_in: Tensor
+    _unit_out: Tensor
 
     def __init__(self, known: int, start: int, stop: int, width: int) -> None:
         super().__init__()
@@ -131,13 +141,14 @@ class MeanContext(nn.Module):
 
     def fold(self) -> tuple[Tensor, Tensor]:
         """Weights of `mix` (width, known, 3, 3) and `out` (channels, width) with the units in."""
-        return self.mix.weight / self._unit_in, (self.out.weight * self._unit_out[:, None])[..., 0, 0]
+        out = self.out.weight * self._unit_out[:, None]
+        return self.mix.weight / self._unit_in, out[:, :, 0, 0]
 
-    def unfold(self, mix: Tensor, out: Tensor) -> None:
-        """Take over what `fold` gave."""
-        with torch.no_grad():
-            self.mix.weight.copy_(mix * self._unit_in)
-            self.out.weight.copy_(out[..., None, None] / self._unit_out[:, None])
+    @torch.no_grad()
+    def unfold(self) -> None:
+        """Take the weights that stand here for what `fold` gave."""
+        self.mix.weight *= self._unit_in
+        self.out.weight /= self._unit_out[:, None]
 
 
 @dataclass(frozen=True)
@@ -357,5 +368,3 @@ def gaussian_bits(s: Tensor, scale: Tensor) -> Tensor:
     inverse = math.sqrt(0.5) / scale
     mass = 0.5 * (torch.erfc(-(s + 0.5) * inverse) - torch.erfc(-(s - 0.5) * inverse))
     return -torch.log2(mass.clamp_min(1e-9))
-
-

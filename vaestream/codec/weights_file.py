@@ -68,6 +68,12 @@ def export_weights(
         tensors[name] = stored.contiguous()
         if _is_integer(name):
             tensors[name] = integer_weight(stored).to(torch.int8)
+    # A reader needs to know nothing of the units they were trained in.
+    for number, (mix, out) in model.h_s_mean.folded_contexts().items():
+        tensors[f"h_s_mean.context.{number}.mix.weight"] = mix.detach().contiguous()
+        tensors[f"h_s_mean.context.{number}.out.weight"] = out.detach()[
+            ..., None, None
+        ].contiguous()
     y_tables = gaussian_tables()
     if symbol_counts is not None:
         y_tables = [
@@ -111,6 +117,7 @@ def import_weights(data: bytes) -> Weights:
         for name in filter(_is_integer, tensors):
             tensors[name] = tensors[name].float() / 2**SCALE_WEIGHT_BITS
         model.load_state_dict({k: v.float() for k, v in tensors.items()})
+        model.h_s_mean.unfold_contexts()
         answer = int(metadata["known_answer"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise WeightsError(f"damaged weights: {error}") from error

@@ -67,7 +67,7 @@ def export_weights(
             stored = stored.bfloat16()
         tensors[name] = stored.contiguous()
         if _is_integer(name):
-            tensors[name] = integer_weight(stored).to(torch.int8)
+            tensors[name] = integer_weight(stored).to(torch.int8).contiguous()
     # A reader needs to know nothing of the units they were trained in.
     for number, (mix, out) in model.h_s_mean.folded_contexts().items():
         tensors[f"h_s_mean.context.{number}.mix.weight"] = mix.detach().contiguous()

@@ -278,6 +278,19 @@ def test_second_pictures_are_kept() -> None:
     assert isinstance(load(plain + bytes(60), name="a"), Photo)
 
 
+def test_the_preview_a_camera_appends_is_left_behind() -> None:
+    """Most cameras write one: a smaller picture of the same, announced as a large thumbnail."""
+    first, preview = picture(), picture().resize((48, 32))
+    data = bytearray(encoded(first, "MPO", save_all=True, append_images=[preview]))
+    second = data.index(struct.pack("<I", 0x030000), data.index(b"MPF\0") + 46) + 16
+    struct.pack_into("<I", data, second, 0x010002)
+    plain = photo(encoded(first, "JPEG"))
+    assert np.array_equal(photo(bytes(data)).pixels, plain.pixels)
+    assert reason(bytes(data) + bytes(encoded(preview, "JPEG"))) == "several pictures in one file"
+    struct.pack_into("<I", data, second, 0x020003)  # a second view of a scene
+    assert reason(bytes(data)) == "several pictures in one file"
+
+
 def test_metadata_that_no_column_holds_is_kept() -> None:
     jpeg = encoded(picture(), "JPEG")
     extended = b"http://ns.adobe.com/xmp/extension/\0" + bytes(50)

@@ -185,7 +185,7 @@ def _jpeg(data: bytes) -> Container:
     size: tuple[int, int] | None = None
     exif: bytes | None = None
     exif_at: list[int] = []
-    pictures, precision, process = 1, 8, 0xC0
+    pictures, previews_end, precision, process = 1, 0, 8, 0xC0
     has_xmp = has_extended_xmp = has_iptc = False
     end = len(data)
     for segment in _segments(data):
@@ -203,13 +203,13 @@ def _jpeg(data: bytes) -> Container:
         elif marker == 0xE1 and payload.startswith(b"http://ns.adobe.com/xmp/extension/\0"):
             has_extended_xmp = True
         elif marker == 0xE2 and payload.startswith(b"MPF\0"):
-            pictures = max(pictures, _mpf_pictures(payload[4:]))
+            pictures, previews_end = _mpf_pictures(data, payload[4:], segment.start + 4)
         elif marker == 0xED and payload.startswith(b"Photoshop 3.0\0"):
             has_iptc = has_iptc or b"8BIM\x04\x04" in payload
         elif marker == 0xDA:
             end = _end_of_jpeg(data, segment.start + len(payload))
 
-    trailer = data[end:]
+    trailer = data[max(end, previews_end) :]
     reason = error = None
     lossless = process == 0xC3
     if (precision == 12 and process != 0xC0) or (lossless and 8 < precision <= 16):
@@ -242,9 +242,32 @@ def _end_of_jpeg(data: bytes, start: int) -> int:
     return len(data) if eoi < 0 else eoi + 2
 
 
-def _mpf_pictures(tiff: bytes) -> int:
-    """NumberOfImages (0xB001) of a multi-picture index."""
-    return next((int(e.value) for e in ifd(tiff) if e.tag == 0xB001 and e.value is not None), 1)
+def _mpf_pictures(data: bytes, tiff: bytes, at: int) -> tuple[int, int]:
+    """Pictures of a multi-picture index that are worth keeping, and where its previews end.
+
+    Most cameras append a preview of the photo, a "large thumbnail", which says nothing that the
+    photo does not. `at`: where the index, `tiff`, lies in the file.
+    """
+    order = byte_order(tiff)
+    entries = {entry.tag: entry for entry in ifd(tiff)}
+    number, table = entries.get(0xB001), entries.get(0xB002)
+    if order is None or number is None or number.value is None:
+        return 1, 0
+    if table is None or table.count != 16 * number.value or table.at + 4 > len(tiff):
+        return number.value, 0
+    (start,) = struct.unpack_from(order + "I", tiff, table.at)
+    if start + table.count > len(tiff):
+        return number.value, 0
+    pictures, end = number.value, 0
+    for place in range(start + 16, start + table.count, 16):  # the first is the photo itself
+        attribute, size, offset = struct.unpack_from(order + "III", tiff, place)
+        first, last = at + offset, at + offset + size
+        if attribute & 0xFF0000 == 0x010000 and data[first:last].startswith(b"\xff\xd8"):
+            if last > len(data):
+                return number.value, 0  # an index that is wrong about one may be so about others
+            pictures -= 1
+            end = max(end, last)
+    return pictures, end
 
 
 def _has_gain_map(data: bytes) -> bool:

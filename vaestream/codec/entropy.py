@@ -11,6 +11,7 @@ ANS: Duda, "Asymmetric numeral systems", arXiv:1311.2540. constriction: Bamler, 
 entropy coding with asymmetric numeral systems", arXiv:2201.01741.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -46,14 +47,17 @@ class GroupEncoder:
         self._groups: list[tuple[Table, NDArray[np.int32]]] = []
         self._escapes: list[int] = []
 
-    def add(self, symbols: NDArray[np.int32], table: Table) -> None:
-        """Append a group; symbols (n,) int32 of any value."""
-        categories = symbols - np.int32(table.low)
-        outside = (categories < 0) | (categories >= table.escape)
+    def add(self, symbols: NDArray[np.int32], tables: Sequence[Table], ends: Sequence[int]) -> None:
+        """Append groups: symbols[ends[i] : ends[i + 1]], int32 of any value, with tables[i]."""
+        low, escapes = _spread(tables, ends)
+        categories = symbols - low
+        outside = categories.view(np.uint32) >= escapes.view(np.uint32)  # below 0 too
         if outside.any():
             self._escapes += symbols[outside].tolist()
-            categories[outside] = table.escape
-        self._groups.append((table, categories))
+            categories[outside] = escapes[outside]
+        for table, start, end in zip(tables, ends[:-1], ends[1:], strict=True):
+            if end > start:
+                self._groups.append((table, categories[start:end]))
 
     def finish(self) -> bytes:
         """The stream: number of escapes (varint), their values (zigzag varints), ANS words."""
@@ -89,11 +93,15 @@ class GroupDecoder:
             raise BitstreamError("an entropy-coded stream ends in a zero word")
         self._coder = constriction.stream.stack.AnsCoder(words)
 
-    def take(self, count: int, table: Table) -> NDArray[np.int32]:
-        """The next group: (count,) int32."""
-        categories = self._coder.decode(table.model, count)
-        symbols: NDArray[np.int32] = categories + np.int32(table.low)
-        outside = np.flatnonzero(categories == table.escape)
+    def take(self, tables: Sequence[Table], ends: Sequence[int]) -> NDArray[np.int32]:
+        """The next groups, laid out as `GroupEncoder.add` was given them: (ends[-1],) int32."""
+        categories = np.empty(ends[-1], np.int32)
+        for table, start, end in zip(tables, ends[:-1], ends[1:], strict=True):
+            if end > start:
+                categories[start:end] = self._coder.decode(table.model, end - start)
+        low, escape = _spread(tables, ends)
+        symbols = categories + low
+        outside = np.flatnonzero(categories == escape)
         if len(outside):
             values = self._escapes[self._used : self._used + len(outside)]
             if len(values) < len(outside):
@@ -101,6 +109,15 @@ class GroupDecoder:
             symbols[outside] = values
             self._used += len(outside)
         return symbols
+
+
+def _spread(
+    tables: Sequence[Table], ends: Sequence[int]
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Each symbol's `low` and `escape`: numpy's calls cost more than its work on small groups."""
+    sizes = np.diff(ends)
+    low = np.repeat(np.array([t.low for t in tables], np.int32), sizes)
+    return low, np.repeat(np.array([t.escape for t in tables], np.int32), sizes)
 
 
 def write_varint(value: int) -> bytes:

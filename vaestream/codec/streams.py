@@ -11,16 +11,18 @@ from .entropy import GroupDecoder, GroupEncoder, Table
 def encode_z(z_hat: NDArray[np.int32], tables: list[Table]) -> bytes:
     """z_hat (hyper, h, w) int32, one table a channel."""
     encoder = GroupEncoder()
-    for channel, table in zip(z_hat, tables, strict=True):
-        encoder.add(channel.reshape(-1), table)
+    encoder.add(z_hat.reshape(-1), tables, _equal_ends(len(tables), z_hat[0].size))
     return encoder.finish()
 
 
 def decode_z(data: bytes, tables: list[Table], height: int, width: int) -> NDArray[np.int32]:
     """Inverse of `encode_z`: (hyper, height, width) int32."""
-    decoder = GroupDecoder(data)
-    channels = [decoder.take(height * width, table) for table in tables]
-    return np.stack(channels).reshape(len(tables), height, width)
+    symbols = GroupDecoder(data).take(tables, _equal_ends(len(tables), height * width))
+    return symbols.reshape(len(tables), height, width)
+
+
+def _equal_ends(groups: int, size: int) -> list[int]:
+    return list(range(0, (groups + 1) * size, size))
 
 
 class TileEncoder:
@@ -45,10 +47,7 @@ class TileEncoder:
         encoder = GroupEncoder()
         for symbols, index in self._passes:
             order, ends = _coding_order(index, self._skip, len(self._tables))
-            ordered = symbols[order]
-            for table, start, end in zip(self._tables, ends[:-1], ends[1:], strict=True):
-                if end > start:
-                    encoder.add(ordered[start:end], table)
+            encoder.add(symbols[order], self._tables, ends)
         return bytes([self._skip]) + encoder.finish()
 
 
@@ -67,11 +66,7 @@ class TileDecoder:
         """The symbols of the next pass, given the table index of each, both flat."""
         symbols = np.zeros(len(index), np.int32)
         order, ends = _coding_order(index, self._skip, len(self._tables))
-        ordered = np.empty(len(order), np.int32)
-        for table, start, end in zip(self._tables, ends[:-1], ends[1:], strict=True):
-            if end > start:
-                ordered[start:end] = self._decoder.take(end - start, table)
-        symbols[order] = ordered
+        symbols[order] = self._decoder.take(self._tables, ends)
         return symbols
 
 

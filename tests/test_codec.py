@@ -7,8 +7,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from vaestream.codec import Codec, check, read_header
+from vaestream.codec import Codec, Encoded, check, read_header
 from vaestream.codec.bitstream import pack, unpack
+from vaestream.codec.config import quality_to_lambda
 from vaestream.codec.entropy import write_varint
 from vaestream.errors import BitstreamError, ModelMismatchError, VaestreamError, WeightsError
 
@@ -74,6 +75,24 @@ def test_symbols_far_outside_the_tables_survive(codec: Codec) -> None:
     image[16:32] = 255
     encoded = codec.compress(image, quality=100)
     assert encoded.psnr == pytest.approx(psnr(image, codec.decode([encoded.data])[0]), abs=1e-6)
+
+
+def test_effort_saves_bits_and_error_together_and_repeats_itself(codec: Codec) -> None:
+    image = photo_like(80, 600)  # two tiles
+    plain = codec.compress(image, quality=60)
+    refined = codec.compress(image, quality=60, effort=60)
+    assert codec.compress(image, quality=60, effort=60) == refined
+    weight = float(quality_to_lambda(torch.tensor(60.0)))
+
+    def cost(encoded: Encoded) -> float:
+        assert encoded.psnr is not None
+        bits = len(encoded.data) * 8 / (image.shape[0] * image.shape[1])
+        return bits + weight * 255**2 * 10 ** (-encoded.psnr / 10)
+
+    assert cost(refined) < cost(plain)
+    assert psnr(codec.decode([refined.data])[0], image) == pytest.approx(refined.psnr, abs=1e-3)
+    with pytest.raises(ValueError, match="effort"):
+        codec.compress(image, quality=60, effort=-1)
 
 
 def test_target_bpp_is_met_and_not_passed(codec: Codec) -> None:

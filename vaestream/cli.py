@@ -87,6 +87,7 @@ def compress(args: argparse.Namespace) -> int:
             weights=args.weights,
             max_pixels=args.max_pixels,
             max_object_bytes=args.max_object_bytes,
+            effort=args.effort,
             progress=line.show,
         )
     finally:
@@ -253,6 +254,13 @@ def _compress_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="D",
         help="keep the source below (28; less below quality 50)",
+    )
+    add(
+        "--effort",
+        type=int,
+        default=0,
+        metavar="N",
+        help="gradient steps on each photo: smaller, and much slower (0)",
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--workers", type=int, metavar="N", help="default: one a CPU, or four a GPU")

@@ -27,6 +27,7 @@ from .bitstream import (
 from .config import HYPER_STRIDE, Z_LIMIT
 from .networks import Networks, SideInformation, TilePrior, best_dtype, cut
 from .rate_control import rounding_offsets, sample_patches, solve_quality
+from .refinement import refine
 from .streams import TileDecoder, TileEncoder, decode_z, encode_z
 from .weights_file import import_weights
 
@@ -135,29 +136,33 @@ class Codec:
         target_bpp: float | None = None,
         target_psnr: float | None = None,
         measure: bool = True,
+        effort: int = 0,
     ) -> Encoded:
         """Encode one picture at a quality, or at the one that meets a target.
 
         target_bpp: bits per pixel of the whole bitstream; the result is the largest within 2 % of
         it where the model's range allows. target_psnr: dB; the result is the smallest that
         reaches it where the range allows. measure: also say the PSNR, at the cost of a synthesis.
+        effort: steps of `refine`, which take time and save bits; 0 for none.
 
-        Raises ValueError unless exactly one of the three is given and the picture is (H, W, 3) or
-        (H, W) uint8 of 1 to 2**20 pixels a side.
+        Raises ValueError unless exactly one of the three is given, effort is not negative and the
+        picture is (H, W, 3) or (H, W) uint8 of 1 to 2**20 pixels a side.
         """
         given = [v for v in (quality, target_bpp, target_psnr) if v is not None]
         if len(given) != 1:
             raise ValueError("give exactly one of quality, target_bpp and target_psnr")
+        if effort < 0:
+            raise ValueError(f"effort {effort} is negative")
         _check_image(image)
         with torch.autocast(self.device.type, enabled=False):
             if quality is not None:
                 if not 0 <= quality <= 100:
                     raise ValueError(f"quality {quality} is outside 0 to 100")
-                return self._encode_at(image, quality, measure=measure)
+                return self._encode_at(image, quality, measure=measure, effort=effort)
             if target_bpp is not None:
-                return self._encode_to_rate(image, target_bpp, measure=measure)
+                return self._encode_to_rate(image, target_bpp, measure=measure, effort=effort)
             assert target_psnr is not None
-            return self._encode_to_psnr(image, target_psnr)
+            return self._encode_to_psnr(image, target_psnr, effort=effort)
 
     @torch.inference_mode()
     def decode(
@@ -199,7 +204,9 @@ class Codec:
                         counts[i] += np.bincount(category, minlength=len(counts[i]))
         return counts
 
-    def _encode_to_rate(self, image: NDArray[np.uint8], bpp: float, *, measure: bool) -> Encoded:
+    def _encode_to_rate(
+        self, image: NDArray[np.uint8], bpp: float, *, measure: bool, effort: int
+    ) -> Encoded:
         """Search with the latents of one analysis, rescaled; then settle on true encodings."""
         if not bpp > 0:
             raise ValueError(f"a target of {bpp} bits per pixel cannot be met")
@@ -221,14 +228,14 @@ class Codec:
 
         def settle(q: float) -> float:
             # Measured at once: the first try mostly stands, and a second encoding costs more.
-            tried[q] = self._encode_at(image, q, measure=measure)
+            tried[q] = self._encode_at(image, q, measure=measure, effort=effort)
             return rate(tried[q])
 
         solve_quality(settle, low, high, guess=quality, slope=0.04, evaluations=4)
         within = [e for e in tried.values() if rate(e) <= high]
         return max(within, key=rate) if within else min(tried.values(), key=rate)
 
-    def _encode_to_psnr(self, image: NDArray[np.uint8], psnr: float) -> Encoded:
+    def _encode_to_psnr(self, image: NDArray[np.uint8], psnr: float, *, effort: int) -> Encoded:
         """Search on sample patches; then settle on the whole picture."""
         patches = sample_patches(image, side=512, count=3)
 
@@ -244,7 +251,7 @@ class Codec:
         tried: dict[float, Encoded] = {}
 
         def settle(q: float) -> float:
-            tried[q] = self._encode_at(image, q, measure=True)
+            tried[q] = self._encode_at(image, q, measure=True, effort=effort)
             value = tried[q].psnr
             assert value is not None
             return value
@@ -261,10 +268,12 @@ class Codec:
 
     def _analyse(self, image: NDArray[np.uint8], quality: float) -> Tensor:
         """y of a picture, (rows, columns, latent) float32, gain not applied."""
+        return self.networks.analyse(self._to_rgb(image), self.networks.quality(quality))
+
+    def _to_rgb(self, image: NDArray[np.uint8]) -> Tensor:
+        """(H, W, 3) uint8 on the device."""
         pixels = _to_tensor(image).to(self.device)
-        if pixels.ndim == 2:
-            pixels = pixels[:, :, None].expand(-1, -1, 3)
-        return self.networks.analyse(pixels, self.networks.quality(quality))
+        return pixels[:, :, None].expand(-1, -1, 3) if pixels.ndim == 2 else pixels
 
     def _encode_at(
         self,
@@ -273,6 +282,7 @@ class Codec:
         *,
         measure: bool,
         latents: Tensor | None = None,
+        effort: int = 0,
     ) -> Encoded:
         """Encode at a quality; `latents` stand in for the analysis."""
         quality = round(quality * 100) / 100
@@ -283,6 +293,8 @@ class Codec:
         gain = self.networks.gain(q)
         y = self._analyse(image, quality).mul_(gain) if latents is None else latents * gain
         z_hat = self.networks.hyper_analyse(y)
+        if effort:
+            y = refine(self.networks, self._to_rgb(image), y, z_hat, q, steps=effort)
         side = self.networks.side_information(z_hat, q)
         z_stream = encode_z(z_hat[0].cpu().numpy(), self._tables_of_z(quality))
         encoders = [TileEncoder(self._y_tables) for _ in range(header.num_tiles)]

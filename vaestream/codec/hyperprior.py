@@ -12,6 +12,7 @@ et al., "Joint autoregressive and hierarchical priors", NeurIPS 2018; Cui et al.
 deep image compression", CVPR 2021 (gain vectors).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -79,14 +80,25 @@ class Hyperprior(nn.Module):
         z_bits = self.z_prior.bits(z + torch.rand_like(z) - 0.5, quality)
         z_hat = round_ste(z).clamp(-Z_LIMIT, Z_LIMIT)
         with torch.autocast(x.device.type, enabled=False):
-            y_hat, y_bits = self._code(y, z_hat, quality)
+            mean = self.h_s_mean(z_hat, quality)
+            features = self.h_s_scale.features(z_hat)
+            y_hat, y_bits = self.relaxed_code(y, mean, features, noise_and_rounding)
         x_hat = self.g_s(y_hat / gain, quality, linear_only=linear_only)
         return TrainingOutput(x_hat, y_bits, z_bits.flatten(1).sum(1))
 
-    def _code(self, y: Tensor, z_hat: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled y -> its reconstruction, in steps, and the bits of every picture, (N,)."""
-        mean = self.h_s_mean(z_hat, quality)
-        features = self.h_s_scale.features(z_hat)
+    def relaxed_code(
+        self,
+        y: Tensor,
+        mean: Tensor,
+        features: Tensor,
+        relax: Callable[[Tensor], tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        """What coding y would give, differentiably: its reconstruction and its bits, (N,).
+
+        y: scaled latents, (N, latent, h, w); mean: what z says of them; features:
+        `ScaleBranch.features` of z. relax stands in for rounding: given what is to be rounded, it
+        returns the value whose bits are counted and the one that is decoded.
+        """
         target = y - mean
         residual = torch.empty_like(y[:, :0])
         symbols = torch.empty_like(y[:, :0])
@@ -99,10 +111,8 @@ class Hyperprior(nn.Module):
             else:
                 correction = torch.zeros_like(wanted)
                 index = self.h_s_scale.index(number, features)
-            difference = wanted - correction
-            noisy = difference + torch.rand_like(difference) - 0.5
-            cost = gaussian_bits(noisy, scale_of_index(index))
-            coded = round_ste(difference)
+            counted, coded = relax(wanted - correction)
+            cost = gaussian_bits(counted, scale_of_index(index))
             decoded = coded + correction
             mask = p.mask(y.shape[2], y.shape[3], y.device)
             if mask is not None:
@@ -114,3 +124,8 @@ class Hyperprior(nn.Module):
                 symbols = torch.cat([symbols, coded], dim=1)
             bits = bits + cost.flatten(1).sum(1)
         return residual + mean, bits
+
+
+def noise_and_rounding(x: Tensor) -> tuple[Tensor, Tensor]:
+    """For training: bits with additive uniform noise, values rounded with gradients passed on."""
+    return x + torch.rand_like(x) - 0.5, round_ste(x)

@@ -29,7 +29,7 @@ class Settings:
     One of quality (0 to 100), target_bpp (bits per pixel) and target_psnr (dB) is given, the others
     are None. min_psnr: dB below which the source is kept, None
     where it follows the quality that each photo was given. max_pixels: a picture of more is refused
-    as a decompression bomb.
+    as a decompression bomb. effort: gradient steps that refine each photo's latents.
     """
 
     quality: float | None
@@ -37,6 +37,7 @@ class Settings:
     target_psnr: float | None
     min_psnr: float | None
     max_pixels: int
+    effort: int = 0
 
     @classmethod
     def of(
@@ -47,6 +48,7 @@ class Settings:
         target_psnr: float | None = None,
         min_psnr: float | None = None,
         max_pixels: int = 256_000_000,
+        effort: int = 0,
     ) -> "Settings":
         """Check what a user has asked for and fill in what is open.
 
@@ -66,6 +68,8 @@ class Settings:
                 raise VaestreamError(f"{name} must be a positive number, not {value:g}")
         if max_pixels < 1:
             raise VaestreamError(f"max pixels must be at least 1, not {max_pixels}")
+        if effort < 0:
+            raise VaestreamError(f"effort must be 0 or more, not {effort}")
         if min_psnr is None:
             if target_psnr is not None:
                 min_psnr = min(default_floor(100), target_psnr - 1.0)
@@ -77,6 +81,7 @@ class Settings:
             target_psnr,
             None if min_psnr is None else float(min_psnr),
             max_pixels,
+            effort,
         )
 
     def floor(self, quality: float) -> float:
@@ -85,7 +90,10 @@ class Settings:
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, as they go into the manifest and into the names of parts."""
-        return asdict(self)
+        numbers = asdict(self)
+        if not self.effort:
+            del numbers["effort"]  # so that archives from before there was a choice go on
+        return numbers
 
 
 def default_floor(quality: float) -> float:
@@ -140,6 +148,7 @@ class Compressor:
             quality=self._settings.quality,
             target_bpp=self._settings.target_bpp,
             target_psnr=self._settings.target_psnr,
+            effort=self._settings.effort,
         )
         metadata = sum(len(part or b"") for part in (loaded.exif, loaded.xmp, loaded.icc))
         reason = None

@@ -154,6 +154,7 @@ def compress(
     weights: str | os.PathLike[str] | None = None,
     max_pixels: int = 256_000_000,
     max_object_bytes: int = 1 << 30,
+    effort: int = 0,
     progress: Callable[[Progress], None] | None = None,
 ) -> Summary:
     """Compress photos from any store into a Parquet archive in any store, by a Ray job.
@@ -164,7 +165,8 @@ def compress(
     see `plan_pool`. verify: which bitstreams are decoded again before they are written. address: of
     a Ray cluster; without it the environment's RAY_ADDRESS counts, then a Ray of this process, and
     else one is started here and ended with the job. weights: other than the shipped ones. An
-    object of more than max_object_bytes gets an error row without its bytes. progress: called as
+    object of more than max_object_bytes gets an error row without its bytes. effort: gradient steps
+    that refine each photo's latents (`Codec.compress`), a hundred times slower. progress: called as
     shards end.
 
     Every object of the sources gets one row, whatever it is. Run again with the same arguments,
@@ -182,6 +184,7 @@ def compress(
         target_psnr=target_psnr,
         min_psnr=min_psnr,
         max_pixels=max_pixels,
+        effort=effort,
     )
     if shard_images < 1 or shard_bytes < 1 or max_object_bytes < 1:
         raise VaestreamError("shard images, shard bytes and object bytes must be at least 1")

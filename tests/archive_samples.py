@@ -33,7 +33,7 @@ class StandInCodec:
     def load(cls, weights: str, *, device: str = "auto") -> "StandInCodec":
         return cls(Path(weights).read_bytes())
 
-    def decode(self, blobs: Sequence[bytes]) -> list[np.ndarray]:
+    def decode(self, blobs: Sequence[bytes], **_: object) -> list[np.ndarray]:
         return [np.asarray(Image.open(io.BytesIO(blob))) for blob in blobs]
 
     @staticmethod

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -99,14 +98,3 @@ def test_unusable_input_is_named(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "w.safetensors.checkpoint").write_bytes(b"torn")
     with pytest.raises(WeightsError, match="checkpoint"):
         train([photos], out=out, steps=1, config=CONFIG, settings=SETTINGS, log=lambda _: None)
-
-
-def test_evaluation_reports_every_photo_and_quality(
-    photos: Path, codec: Codec, weights: Path
-) -> None:
-    result = evaluate([photos], weights=weights, qualities=[10, 90], device="cpu")
-    assert len(result.measurements) == 12 and result.model_id == codec.model_id
-    low, high = result.curve()
-    assert low.bpp < high.bpp and low.psnr < high.psnr
-    assert np.isclose(low.bpp, np.mean([m.bpp for m in result.measurements if m.quality == 10]))
-    assert json.loads(result.to_json())["curve"][0]["quality"] == 10

@@ -60,7 +60,7 @@ def test_a_bitstream_that_does_not_decode_to_the_photo_is_not_kept(
     codec: Codec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = png(1)
-    monkeypatch.setattr(codec, "decode", lambda blobs: [pixels(2)])
+    monkeypatch.setattr(codec, "decode", lambda blobs, **_: [pixels(2)])
     row = Compressor(codec, Settings.of(min_psnr=0), "all").row(item("a"), data)
     assert (row.codec, row.data, row.reason) == ("source", data, "failed verification")
     assert Compressor(codec, Settings.of(min_psnr=0), "none").row(item("a"), data).codec == "vae"

@@ -5,6 +5,7 @@ Exit codes: 0 all is well, 1 an error, 2 wrong usage, 3 done, but some rows carr
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -201,24 +202,48 @@ def train(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     """`vaestream evaluate`."""
+    from vaestream.training.classical import available
     from vaestream.training.evaluate import evaluate, plot
 
     _check_device(args.device)
+    for module in ["scipy"] * args.compare + ["matplotlib"] * (args.plot is not None):
+        if importlib.util.find_spec(module) is None:
+            raise VaestreamError(f"{module} is needed for this: pip install 'vaestream[evaluate]'")
     live = sys.stderr.isatty()
     result = evaluate(
         args.photos,
         weights=args.weights,
         qualities=args.qualities,
+        beside=available() if args.compare else (),
+        pixels=args.pixels,
         device=args.device,
+        effort=args.effort,
         progress=(lambda name: print(name, file=sys.stderr)) if live else None,
     )
-    print(result.to_json() if args.json else result.table())
+    windows = args.window or [(29.0, 36.5), (36.0, 40.0)]
+    rates = result.bd_rates(windows) if args.compare else {}
+    if args.json:
+        document = json.loads(result.to_json())
+        print(json.dumps({**document, "windows": windows, "bd_rates": rates}, indent=1))
+    else:
+        print(result.table())
+        if rates:
+            print("\nBD-rate of vaestream against" + "".join(_window(w) for w in windows))
+        for name, values in rates.items():
+            print(f"{name:28}" + "".join(_percent(value) for value in values))
+        if importlib.util.find_spec("pytorch_msssim") is None:
+            print("MS-SSIM needs pytorch-msssim: pip install 'vaestream[evaluate]'")
     if args.plot is not None:
-        try:
-            plot(result, args.plot)
-        except ModuleNotFoundError as error:
-            raise VaestreamError(f"--plot: {error}; pip install 'vaestream[evaluate]'") from error
+        plot(result, args.plot)
     return OK
+
+
+def _window(window: tuple[float, float]) -> str:
+    return f"{window[0]:g}-{window[1]:g} dB".rjust(14)
+
+
+def _percent(value: float | None) -> str:
+    return ("-" if value is None else f"{value:+.1f} %").rjust(14)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -329,8 +354,29 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--json", action="store_true")
-    add("--plot", metavar="PNG", help="write the curve as a picture (needs the extra evaluate)")
+    add(
+        "--compare",
+        action="store_true",
+        help="the codecs that Pillow has on the same photos, and the BD-rate against each",
+    )
+    add(
+        "--window",
+        type=_span,
+        action="append",
+        metavar="LOW,HIGH",
+        help="dB over which BD-rates are taken; may be repeated (29,36.5 and 36,40)",
+    )
+    add("--pixels", type=int, metavar="N", help="shrink photos of more to about N pixels first")
+    add("--effort", type=int, default=0, metavar="N", help="as for compress")
+    add("--plot", metavar="PNG", help="write the curves as a picture")
     parser.set_defaults(run=evaluate)
+
+
+def _span(text: str) -> tuple[float, float]:
+    low, high = _numbers(text)
+    if not low < high:
+        raise ValueError
+    return low, high
 
 
 def _numbers(text: str) -> list[float]:

@@ -203,7 +203,7 @@ class Archive:
         if self._entry("codec", at) == "source":
             return self._open_source(at, blobs[at])
         extra = payloads[at]
-        pixels = self.codec.decode([blobs[at]])[0]
+        pixels = self._decode([blobs[at]])[0]
         return images.to_image(pixels, exif=extra.exif, xmp=extra.xmp, icc=extra.icc)
 
     def read(self, keys: Sequence[str]) -> list[npt.NDArray[np.uint8]]:
@@ -221,7 +221,7 @@ class Archive:
         coded = [at for at in unique if self._entry("codec", at) == "vae"]
         pixels: dict[int, npt.NDArray[np.uint8]] = {}
         if coded:
-            decoded = self.codec.decode([blobs[at] for at in coded])
+            decoded = self._decode([blobs[at] for at in coded])
             pixels.update(zip(coded, decoded, strict=True))
         for at in unique:
             if at not in pixels:
@@ -245,6 +245,10 @@ class Archive:
             return self._codec
 
     # --- inside ------------------------------------------------------------------------------
+
+    def _decode(self, blobs: Sequence[bytes]) -> list[npt.NDArray[np.uint8]]:
+        # Without a limit: these are the bytes that were committed, and `row` tells their size.
+        return self.codec.decode(blobs, max_pixels=None)
 
     def _check_process(self) -> None:
         """After a fork the store's connections, and perhaps a held lock, are the parent's."""

@@ -6,11 +6,10 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from vaestream import images
 from vaestream.archive.schema import Row
 from vaestream.codec import Codec, Encoded
+from vaestream.codec.metrics import psnr
 from vaestream.errors import VaestreamError
 from vaestream.pipeline.plan import SourceObject
 
@@ -189,13 +188,13 @@ class Compressor:
         return self._verify == "all"
 
     def _decodes(self, encoded: Encoded, photo: images.Photo) -> bool:
-        (decoded,) = self._codec.decode([encoded.data])
+        (decoded,) = self._codec.decode([encoded.data], max_pixels=None)
         if decoded.shape != photo.pixels.shape:
             return False
         if encoded.psnr is None:
             return True
         return math.isclose(
-            _psnr(photo.pixels, decoded), encoded.psnr, rel_tol=0, abs_tol=_PSNR_TOLERANCE
+            psnr(photo.pixels, decoded), encoded.psnr, rel_tol=0, abs_tol=_PSNR_TOLERANCE
         )
 
 
@@ -230,11 +229,3 @@ def _source(item: SourceObject, data: bytes) -> dict[str, Any]:
         "source_etag": item.version.etag if listed else None,
         "source_sha256": hashlib.sha256(data).hexdigest(),
     }
-
-
-def _psnr(one: np.ndarray, other: np.ndarray) -> float:
-    """dB over all samples; by rows, as the squares of a large photo would take gigabytes."""
-    total = 0
-    for a, b in zip(one, other, strict=True):
-        total += int(np.square(a.astype(np.int32) - b).sum(dtype=np.int64))
-    return math.inf if total == 0 else 10 * math.log10(255**2 * one.size / total)

@@ -249,5 +249,5 @@ def plot_curves(
     axes.set_xlabel("bits per pixel")
     axes.set_ylabel("PSNR (dB)")
     axes.grid(which="both", alpha=0.25)
-    axes.legend()
+    axes.legend(loc="lower right", fontsize=8)
     figure.savefig(Path(path), dpi=120)

@@ -119,11 +119,14 @@ def test_command(
 ) -> None:
     pytest.importorskip("scipy")
     arguments = ["evaluate", str(photos), "--weights", str(weights), "--qualities", "0,50,100"]
-    assert main([*arguments, "--compare", "--window", "32,33"]) == 0
-    assert "BD-rate of vaestream against" in capsys.readouterr().out
+    assert main([*arguments, "--window", "32,33", "--compare", "jpeg 4", "webp"]) == 0
+    told = capsys.readouterr().out
+    assert "BD-rate of vaestream against" in told and "WebP" in told and "2000" not in told
+    assert main([*arguments, "--compare", "nothing"]) == 1
+    assert "nothing" in capsys.readouterr().err
     assert main([*arguments, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert len(told["measurements"]) == 9 and told["curve"][0]["quality"] == 0
+    document = json.loads(capsys.readouterr().out)
+    assert len(document["measurements"]) == 9 and document["curve"][0]["quality"] == 0
     (tmp_path / "a.txt").write_text("no photo")
     assert main(["evaluate", str(tmp_path), "--weights", str(weights)]) == 1
     assert "no photo" in capsys.readouterr().err

@@ -206,7 +206,8 @@ def evaluate(args: argparse.Namespace) -> int:
     from vaestream.training.evaluate import evaluate, plot
 
     _check_device(args.device)
-    for module in ["scipy"] * args.compare + ["matplotlib"] * (args.plot is not None):
+    compare = args.compare is not None
+    for module in ["scipy"] * compare + ["matplotlib"] * (args.plot is not None):
         if importlib.util.find_spec(module) is None:
             raise VaestreamError(f"{module} is needed for this: pip install 'vaestream[evaluate]'")
     live = sys.stderr.isatty()
@@ -214,14 +215,14 @@ def evaluate(args: argparse.Namespace) -> int:
         args.photos,
         weights=args.weights,
         qualities=args.qualities,
-        beside=available() if args.compare else (),
+        beside=available(args.compare) if compare else (),
         pixels=args.pixels,
         device=args.device,
         effort=args.effort,
         progress=(lambda name: print(name, file=sys.stderr)) if live else None,
     )
     windows = args.window or [(29.0, 36.5), (36.0, 40.0)]
-    rates = result.bd_rates(windows) if args.compare else {}
+    rates = result.bd_rates(windows) if compare else {}
     if args.json:
         document = json.loads(result.to_json())
         print(json.dumps({**document, "windows": windows, "bd_rates": rates}, indent=1))
@@ -356,8 +357,9 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true")
     add(
         "--compare",
-        action="store_true",
-        help="the codecs that Pillow has on the same photos, and the BD-rate against each",
+        nargs="*",
+        metavar="NAME",
+        help="Pillow's codecs on the same photos (all, or those named, as webp), and BD-rates",
     )
     add(
         "--window",

@@ -1,13 +1,15 @@
 """The classical codecs that Pillow writes, to compare with on the same photos."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, features
+
+from vaestream.errors import VaestreamError
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,23 @@ class ClassicalCodec:
             return np.asarray(image.convert("RGB" if len(shape) == 3 else "L"))
 
 
-def available() -> list[ClassicalCodec]:
+def available(names: Sequence[str] = ()) -> list[ClassicalCodec]:
     """Those that this Pillow has, at the settings it has by default but for what is named.
 
-    JPEG XL takes part where the package pillow-jxl-plugin is installed.
+    JPEG XL takes part where the package pillow-jxl-plugin is installed. names: if there are any,
+    only codecs whose name begins with one, in any case. Raises VaestreamError where none does.
     """
+    codecs = _available()
+    chosen = [c for c in codecs if any(c.name.lower().startswith(n.lower()) for n in names)]
+    for name in names:
+        if not any(c.name.lower().startswith(name.lower()) for c in chosen):
+            raise VaestreamError(
+                f"no codec {name!r}: there are {', '.join(c.name for c in codecs)}"
+            )
+    return chosen if names else codecs
+
+
+def _available() -> list[ClassicalCodec]:
     quality = (10, 25, 40, 55, 70, 80, 88, 94, 97)
     codecs = [
         ClassicalCodec("JPEG 4:2:0", "JPEG", "quality", quality, {"optimize": True}),

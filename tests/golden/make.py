@@ -23,16 +23,24 @@ torch.manual_seed(1)
 folder = GOLDEN / sys.argv[1]
 folder.mkdir()
 model = Hyperprior(ModelConfig(16, 4, 8, 8, 1, 1, 1, 1, 4, 4, (2, 5, 9), 4, 4))
-with torch.no_grad():  # so that every path contributes, as in a trained model
+with torch.no_grad():  # so that every path contributes, as in a trained model, and more strongly
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.02)
+    model.h_a.down2.weight.mul_(8)  # hyper-latents that need their tables, and escapes
+    model.h_s_scale.project.bias.copy_(torch.linspace(7, -1, 16))  # indices low and high
+    for table in (model.g_s.condition, model.h_s_mean.condition):
+        table.nodes.add_(torch.randn_like(table.nodes))
+    for context in (*model.h_s_mean.context.values(), *model.h_s_scale.context.values()):
+        context.out.weight.add_(torch.randn_like(context.out.weight) * 0.2)
 weights = export_weights(model)
 (folder / "tiny.safetensors").write_bytes(weights)
 codec = Codec(weights, torch.device("cpu"), torch.float32)
 for name, image, quality in (
-    ("gray", photo_like(45, 70, channels=1), 33.33),
+    ("gray", photo_like(45, 70, channels=1), 35.0),
     ("colour", photo_like(70, 45), 80.0),
     ("tiles", photo_like(20, 530), 100.0),
+    # Nothing in the narrowest tables, so that they are skipped.
+    ("smooth", np.tile(np.arange(40, 140, dtype=np.uint8)[:, None], (1, 60)), 5.0),
 ):
     (blob,) = codec.encode([image], quality)
     (folder / f"{name}.vst").write_bytes(blob)

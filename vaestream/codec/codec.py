@@ -297,15 +297,17 @@ class Codec:
             y = refine(self.networks, self._to_rgb(image), y, z_hat, q, steps=effort)
         side = self.networks.side_information(z_hat, q)
         z_stream = encode_z(z_hat[0].cpu().numpy(), self._tables_of_z(quality))
-        encoders = [TileEncoder(self._y_tables) for _ in range(header.num_tiles)]
+        streams = [b""] * header.num_tiles
         for numbers, rectangles in _batches(header.tiles()):
             prior = side.tiles(rectangles)
+            encoders = [TileEncoder(self._y_tables) for _ in numbers]
             for symbols, index in self._quantise(cut(y, rectangles), prior):
-                for i, number in enumerate(numbers):
-                    encoders[number].add(symbols[i], index[i])
+                for i, encoder in enumerate(encoders):
+                    encoder.add(symbols[i], index[i])
+            for number, encoder in zip(numbers, encoders, strict=True):
+                streams[number] = encoder.finish()
             if measure:
                 _paste(y, rectangles, prior.y_hat(), gain)
-        streams = [encoder.finish() for encoder in encoders]
         psnr = None
         if measure:
             decoded = self.networks.synthesise(y, q, height, width)
@@ -323,8 +325,8 @@ class Codec:
         for number, p in enumerate(self.networks.config.passes):
             mean, index = prior.predict(number, p)
             residual = y[..., p.start : p.stop] - mean
-            magnitude = torch.floor(residual.abs() + self._rounding[index.int()])
-            symbols = torch.copysign(magnitude, residual)
+            magnitude = residual.abs().add_(self._rounding[index.int()]).floor_()
+            symbols = torch.copysign(magnitude, residual, out=magnitude)
             prior.reveal(p, symbols, mean)
             mask = prior.mask(p)
             if mask is not None:

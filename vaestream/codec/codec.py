@@ -60,7 +60,7 @@ class Codec:
 
     The same picture, weights, device and quality give the same bytes, whatever comes with it in a
     call. Any device decodes any other's bitstreams without an entropy-coding error; decoded
-    pixels may differ by a level between devices, and do not on one device.
+    pixels may differ by a level or two between devices, and do not on one device.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Training: one run of AdamW over random crops and qualities, resumable at any moment."""
+"""Training: one run over random crops and qualities, resumable at any moment."""
 
 import json
 import math
@@ -21,6 +21,7 @@ from vaestream.errors import WeightsError
 from .calibration import calibrated_weights
 from .data import PhotoSet, list_photos, load_photos
 from .objective import rate_distortion
+from .soap import Soap
 
 _VALIDATION_QUALITIES = (10.0, 30.0, 50.0, 70.0, 90.0)
 _CHECKPOINT_SECONDS = 180.0
@@ -156,23 +157,22 @@ class _Run:
         self.seconds = 0.0
         self.rng = np.random.default_rng(settings.seed)
         entropy = {"h_a", "h_s_mean", "h_s_scale", "z_prior", "log_gain"}
-        groups: dict[float, list[torch.nn.Parameter]] = {}
+        groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             factor = 1.0
             if name.split(".")[0] in entropy:
                 factor = settings.entropy_rate
             elif name.endswith(".linear"):
                 factor = settings.linear_rate
-            groups.setdefault(factor, []).append(parameter)
-        self.optimizer = torch.optim.AdamW(
-            [
+            groups.setdefault((parameter.ndim > 1, factor), []).append(parameter)
+        self.optimizers: list[torch.optim.Optimizer] = []
+        for are_matrices, kind in ((True, Soap), (False, torch.optim.Adam)):
+            chosen = [
                 {"params": parameters, "peak": settings.learning_rate * factor}
-                for factor, parameters in groups.items()
-            ],
-            lr=0.0,
-            weight_decay=0.0,
-            fused=True,
-        )
+                for (matrices, factor), parameters in groups.items()
+                if matrices == are_matrices
+            ]
+            self.optimizers.append(kind(chosen, lr=0.0))
         self._sums: list[Tensor] = []
 
     @property
@@ -197,8 +197,9 @@ class _Run:
         """One step; every 100th returns a log entry."""
         start = time.monotonic()
         s = self.settings
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * self.rate()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * self.rate()
         x = photos.crops(s.batch, s.crop, self.rng).to(device, memory_format=torch.channels_last)
         # Stratified, so that every batch spans the qualities.
         strata = (np.arange(s.batch) + self.rng.random(s.batch)) * (100 / s.batch)
@@ -206,11 +207,12 @@ class _Run:
         with torch.autocast(device.type, torch.bfloat16):
             output = self.model(x, quality, linear_only=self.progress < self.linear)
         cost = rate_distortion(output, x, quality)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         cost.loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if bool(torch.isfinite(norm)):
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
         self._sums.append(torch.stack([cost.loss, cost.bpp.mean(), cost.mse.mean(), norm]).detach())
         self.step += 1
         self.seconds += time.monotonic() - start
@@ -234,7 +236,7 @@ class _Run:
             "config": asdict(self.model.config),
             "settings": asdict(self.settings),
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "seconds": self.seconds,
             "linear": self.linear,
@@ -250,7 +252,8 @@ class _Run:
             if state["config"] != asdict(self.model.config):
                 raise WeightsError(f"{path}: made by a run of another network; remove it first")
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for optimizer, held in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(held)
             self.step, self.seconds = state["step"], state["seconds"]
             self.linear = state["linear"]
         except WeightsError:

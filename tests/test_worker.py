@@ -13,7 +13,6 @@ from photos import fill, pixels, png
 from vaestream import Codec, images
 from vaestream.archive.schema import Row
 from vaestream.errors import SourceError, VaestreamError
-from vaestream.pipeline import fetch
 from vaestream.pipeline.attempts import (
     GIVE_UP_AFTER,
     JOB_FOLDER,
@@ -21,9 +20,11 @@ from vaestream.pipeline.attempts import (
     end_attempts,
 )
 from vaestream.pipeline.compressor import Compressor, Settings, kept
-from vaestream.pipeline.fetch import fetch_all
+from vaestream.pipeline.fetch import Fetched, fetch_all
 from vaestream.pipeline.isolate import IsolatedCompressor
-from vaestream.pipeline.plan import SourceObject, Version, list_sources
+from vaestream.pipeline.listing import list_sources
+from vaestream.pipeline.members import MemberReader
+from vaestream.pipeline.plan import SourceObject, Version
 
 
 def item(key: str, size: int | None = None) -> SourceObject:
@@ -113,21 +114,25 @@ class Flaky(LocalFileSystem):  # type: ignore[misc]
         return data
 
 
+def fetch(objects: list[SourceObject], stores: list[Any], **options: int) -> Iterator[Fetched]:
+    return fetch_all(
+        objects, stores, members=MemberReader(), **{"max_object_bytes": 1 << 30, **options}
+    )
+
+
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "_PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("vaestream.pipeline.fetch._PAUSES", (0.0, 0.0, 0.0))
 
 
 def test_objects_come_in_order_whatever_memory_is_allowed(tmp_path: Path) -> None:
     source = fill(tmp_path, [f"{i:02}.png" for i in range(40)])
     (source / "07.png").unlink()
-    listing = list_sources([str(source)])
+    objects = list(listing := list_sources([str(source)]))
     (source / "11.png").unlink()
     for ahead in (1, 20_000, 1 << 30):
-        got = list(
-            fetch_all(listing.objects, listing.stores, max_object_bytes=1 << 30, ahead_bytes=ahead)
-        )
-        assert [one.item for one in got] == listing.objects
+        got = list(fetch(objects, listing.stores, ahead_bytes=ahead))
+        assert [one.item for one in got] == objects
         assert [one.item.key for one in got if one.data is None] == ["11.png"]
         assert all(
             one.data == (source / one.item.key).read_bytes() for one in got if one.data is not None
@@ -136,24 +141,23 @@ def test_objects_come_in_order_whatever_memory_is_allowed(tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("hurried")
 def test_errors_that_pass_are_tried_again_and_others_told(tmp_path: Path) -> None:
-    listing = list_sources([str(fill(tmp_path, ["a.png", "b.png"]))])
-    patient = fetch_all(listing.objects, [Flaky(3)], max_object_bytes=1 << 30)
-    assert all(one.error is None for one in patient)
-    refused = list(fetch_all(listing.objects, [Flaky(4)], max_object_bytes=1 << 30))
+    objects = list(list_sources([str(fill(tmp_path, ["a.png", "b.png"]))]))
+    assert all(one.error is None for one in fetch(objects, [Flaky(3)]))
+    refused = list(fetch(objects, [Flaky(4)]))
     assert [one.error for one in refused] == ["cannot be read: TimeoutError: no answer"] * 2
 
 
 @pytest.mark.usefixtures("hurried")
 def test_a_store_that_is_down_is_no_error_of_its_photos(tmp_path: Path) -> None:
-    listing = list_sources([str(fill(tmp_path, [f"{i}.png" for i in range(9)]))])
+    objects = list(list_sources([str(fill(tmp_path, [f"{i}.png" for i in range(9)]))]))
     with pytest.raises(SourceError, match="no answer"):
-        list(fetch_all(listing.objects, [Flaky(99)], max_object_bytes=1 << 30))
+        list(fetch(objects, [Flaky(99)]))
 
 
 def test_an_object_over_the_cap_is_told_by_its_size(tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(bytes(1001))
-    listing = list_sources([str(tmp_path)])
-    (got,) = fetch_all(listing.objects, listing.stores, max_object_bytes=1000)
+    objects = list(listing := list_sources([str(tmp_path)]))
+    (got,) = fetch(objects, listing.stores, max_object_bytes=1000)
     assert got.data is None and "1001 bytes" in (got.error or "")
 
 

@@ -438,8 +438,9 @@ class _ProgressLine:
         stats = now.stats
         ratio = stats.source_bytes / stats.coded_bytes if stats.coded_bytes else 1.0
         left = now.remaining_seconds
+        more = "" if now.listed else "+"
         text = (
-            f"{now.done_objects}/{now.objects} photos  {now.megapixels_per_second:.1f} MP/s  "
+            f"{now.done_objects}/{now.objects}{more} photos  {now.megapixels_per_second:.1f} MP/s  "
             f"ratio {ratio:.1f}  {_duration(left) if left is not None else '?'} left"
         )
         if self._live:
@@ -468,6 +469,10 @@ def _told(summary: "Summary", destination: str) -> str:
         f"{sum(summary.errors.values())} with errors"
         + (f"; {summary.left_out} left out" if summary.left_out else "")
     )
+    if summary.changed:
+        lines.append(f"  {summary.changed} had changed since: new rows take the place of theirs")
+    if summary.unlisted:
+        lines.append(f"  {summary.unlisted} are not in the sources (any more), and stay")
     lines += [f"  kept: {reason}: {count}" for reason, count in summary.kept.items()]
     lines += [f"  error: {reason}: {count}" for reason, count in summary.errors.items()]
     ratio = f", {summary.ratio:.2f} times smaller" if summary.ratio else ""

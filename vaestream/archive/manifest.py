@@ -94,7 +94,8 @@ class PartInfo:
 
     name: the file's. size: bytes of the file. body_size: of these, the bytes before the footer.
     body_sha256, footer_sha256: hex SHA-256 of the bytes before the footer, and of the footer with
-    its own digest in it taken as 64 zeros. Together they cover every byte.
+    its own digest in it taken as 64 zeros. Together they cover every byte. replaces: file name of
+    an earlier part, all of whose keys this one has too.
     """
 
     name: str
@@ -105,10 +106,14 @@ class PartInfo:
     footer_sha256: str
     num_rows: int
     stats: PartStats
+    replaces: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A dict that JSON can hold and `from_json` takes back."""
-        return asdict(self)
+        values = asdict(self)
+        if self.replaces is None:
+            del values["replaces"]
+        return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import chain
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import fsspec
 import pyarrow.parquet as pq
@@ -43,9 +43,12 @@ def write_part(
     part_id: str,
     rows: Iterable[Row],
     *,
+    replaces: str | None = None,
     row_group_bytes: int = ROW_GROUP_BYTES,
 ) -> PartInfo:
     """Write `rows`, ascending by key, as one part of the archive in folder `root`.
+
+    replaces: see `PartInfo`; told in the footer.
 
     The rows are taken one by one; memory holds those of one row group. The file is read back and
     checked, byte ranges and hashes, before it stands under its name; a part of that name is
@@ -60,7 +63,8 @@ def write_part(
         stats = PartStats()
         written: list[tuple[str, str]] = []
         with open(temporary, "wb") as file:
-            _write_rows(file, part_id, _checked(rows, name), row_group_bytes, stats, written)
+            described = {"part_id": part_id} | ({"replaces": replaces} if replaces else {})
+            _write_rows(file, described, _checked(rows, name), row_group_bytes, stats, written)
         with open(temporary, "r+b") as file:
             footer = _footer_of(file, name)
             file.seek(footer.offset)
@@ -109,6 +113,7 @@ def part_info(footer: Footer, name: str) -> PartInfo:
         footer_sha256=footer.sha256,
         num_rows=footer.metadata.num_rows,
         stats=PartStats(**values["stats"]),
+        replaces=values.get("replaces"),
     )
 
 
@@ -184,7 +189,7 @@ def _groups(rows: Iterator[Row], row_group_bytes: int) -> Iterator[list[Row]]:
 
 def _write_rows(
     file: BinaryIO,
-    part_id: str,
+    described: dict[str, Any],
     rows: Iterator[Row],
     row_group_bytes: int,
     stats: PartStats,
@@ -214,7 +219,7 @@ def _write_rows(
             writer.write_table(table, row_group_size=len(group))
         described = {
             "version": FORMAT_VERSION,
-            "part_id": part_id,
+            **described,
             "body_size": sink.size,
             "body_sha256": sink.sha256.hexdigest(),
             "footer_sha256": NO_DIGEST,

@@ -5,13 +5,12 @@ continued with the same, and the attempts at its shards.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
 from vaestream.archive.index import INDEX, build_index
@@ -22,22 +21,15 @@ from vaestream.archive.manifest import (
     read_manifest,
     write_manifest,
 )
-from vaestream.archive.storage import RangeFile, join, list_names, put_bytes, read_bytes
+from vaestream.archive.storage import join, list_names, put_bytes, read_bytes
 from vaestream.archive.writer import find_part, model_path, write_model
-from vaestream.errors import ArchiveError, DamagedArchiveError, SettingsMismatchError, SourceError
+from vaestream.errors import ArchiveError, DamagedArchiveError, SettingsMismatchError
 from vaestream.pipeline.attempts import JOB_FOLDER
-from vaestream.pipeline.plan import Shard, SourceObject, Version
+from vaestream.pipeline.plan import Cutter, SourceObject
+from vaestream.pipeline.work import Growth, Replacement, Work
 
 _RECORD = f"{JOB_FOLDER}/job.json"
 _THREADS = 16
-
-
-@dataclass(slots=True)
-class Work:
-    """What a run has to do. parts: what stays; shards: what is to be compressed beside it."""
-
-    parts: list[PartInfo]
-    shards: list[Shard]
 
 
 @dataclass(slots=True)
@@ -98,46 +90,23 @@ class Destination:
                 )
         return cls(fs, root, settings, model_id, manifest, replace, names)
 
-    def work(
-        self, objects: Sequence[SourceObject], cut: Callable[[Iterable[SourceObject]], list[Shard]]
-    ) -> Work:
-        """Divide `objects` into what is in the archive already and shards, made by `cut`.
-
-        Shards are cut from what the archive did not hold when the first of the interrupted runs
-        began, so that a run in several goes makes the same parts as one in peace. Errors:
-        SourceError for an object that is in the archive in another state.
-        """
+    def work(self, objects: Iterable[SourceObject], cutter: Cutter) -> Work:
+        """Divide `objects` into what the archive holds already and shards of what is to be done."""
         listed = {part.name: part for part in self.manifest.parts} if self.manifest else {}
         loose = self._committed(name for name in self._names if name not in listed)
         if self.replace:
-            shards = cut(objects)
-            names = {part.part_id: part for part in [*listed.values(), *loose]}
-            done = [names[shard.part_id] for shard in shards if self._stands(shard, names)]
-            ids = {part.part_id for part in done}
-            return Work(done, [shard for shard in shards if shard.part_id not in ids])
-        present = set(self._names)
-        parts = [part for part in listed.values() if part.name in present]
-        shards = cut(self._without(objects, parts))
-        ids = {shard.part_id for shard in shards}
-        parts += loose
-        done_ids = {part.part_id for part in loose}
-        shards = [shard for shard in shards if shard.part_id not in done_ids]
-        # Parts of an earlier go over other objects: the source has changed in between.
-        foreign = [part for part in loose if part.part_id not in ids]
-        if foreign and shards:
-            before = [item for shard in shards for item in shard.objects]
-            rest = self._without(before, foreign)
-            if len(rest) < len(before):
-                shards = cut(rest)
-        return Work(parts, shards)
+            return Replacement(objects, cutter, [*self._present(listed), *loose])
+        return Growth(self.fs, self.root, objects, cutter, self._present(listed), loose)
 
-    def is_finished(self, parts: Sequence[PartInfo]) -> bool:
-        """Whether the archive stands there, whole, with just these parts."""
+    def is_finished(self, work: Work) -> bool:
+        """Whether the archive stands there, whole, with just the parts of `work`, which has nothing
+        to be done."""
         return (
             self.manifest is not None
+            and not work.dropped
             and INDEX in self._names
             and self.fs.exists(model_path(self.root, self.model_id))
-            and {part.name for part in parts} == {part.name for part in self.manifest.parts}
+            and {part.name for part in work.parts} == {part.name for part in self.manifest.parts}
             and self.manifest.settings == self.settings
             and self.manifest.model_id == self.model_id
         )
@@ -152,9 +121,9 @@ class Destination:
         put_bytes(self.fs, join(self.root, _RECORD), json.dumps(record, indent=1).encode())
         write_model(self.fs, self.root, model)
 
-    def commit(self, parts: Sequence[PartInfo]) -> Manifest:
+    def commit(self, parts: Sequence[PartInfo], *, dropped: Iterable[str] = ()) -> Manifest:
         """Make an archive of `parts`: the index, then the manifest, then clear away what is no
-        longer part of it."""
+        longer part of it, `dropped` too."""
         index_sha256 = build_index(self.fs, self.root, [part.name for part in parts])
         manifest = write_manifest(
             self.fs,
@@ -166,7 +135,9 @@ class Destination:
         )
         stays = {part.name for part in parts}
         old = self.manifest.parts if self.manifest else ()
-        replaced = {part.name for part in old} | (set(self._names) if self.replace else set())
+        replaced = {*dropped, *(part.name for part in old)} | (
+            set(self._names) if self.replace else set()
+        )
         for name in replaced:
             if _part_id(name) and name not in stays:
                 with suppress(FileNotFoundError):
@@ -181,9 +152,9 @@ class Destination:
         self.manifest = manifest
         return manifest
 
-    def _stands(self, shard: Shard, parts: dict[str, PartInfo]) -> bool:
-        part = parts.get(shard.part_id)
-        return part is not None and part.name in self._names
+    def _present(self, listed: Mapping[str, PartInfo]) -> list[PartInfo]:
+        present = set(self._names)
+        return [part for part in listed.values() if part.name in present]
 
     def _committed(self, names: Iterable[str]) -> list[PartInfo]:
         """Parts among these files; one with a damaged footer does not count and is made again."""
@@ -197,44 +168,6 @@ class Destination:
         ids = [part_id for name in names if (part_id := _part_id(name))]
         with ThreadPoolExecutor(_THREADS) as pool:
             return [part for part in pool.map(look, ids) if part is not None]
-
-    def _without(
-        self, objects: Iterable[SourceObject], parts: Sequence[PartInfo]
-    ) -> list[SourceObject]:
-        """The objects that are not in `parts`."""
-        held: dict[str, Version] = {}
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for versions in pool.map(self._versions, parts):
-                held.update(versions)
-        rest: list[SourceObject] = []
-        changed: list[SourceObject] = []
-        for item in objects:
-            if item.key not in held:
-                rest.append(item)
-            elif not item.version.matches(held[item.key]):
-                changed.append(item)
-        if changed:
-            raise SourceError(
-                f"{len(changed)} objects are in the archive {self.root} already, but with another "
-                f"size, time or ETag, the first of them {changed[0].url} (as "
-                f"{changed[0].key!r}): an archive keeps what it has; choose another destination, "
-                "leave them out with exclude, or overwrite the archive"
-            )
-        return rest
-
-    def _versions(self, part: PartInfo) -> dict[str, Version]:
-        columns = ["key", "source_size", "source_mtime", "source_etag"]
-        path = join(self.root, part.name)
-        try:
-            parquet = pq.ParquetFile(RangeFile(self.fs, path, part.size), pre_buffer=False)
-            table = parquet.read(columns, use_threads=False)
-        except (OSError, ValueError) as error:
-            raise DamagedArchiveError(
-                f"{path}: cannot be read ({error}): verify tells more; remove the file and run "
-                "again to make it anew"
-            ) from error
-        values = zip(*(table[name].to_pylist() for name in columns), strict=True)
-        return {key: Version(size, mtime, etag) for key, size, mtime, etag in values}
 
 
 def _read_record(fs: AbstractFileSystem, root: str) -> dict[str, Any] | None:

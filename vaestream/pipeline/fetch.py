@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from fsspec import AbstractFileSystem
 
 from vaestream.errors import SourceError
+from vaestream.pipeline.members import MemberError, MemberReader
 from vaestream.pipeline.plan import SourceObject
 
 _PAUSES = (0.5, 2.0, 8.0)
-_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_LASTING = (
+    *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError),
+    MemberError,
+)
 _UNKNOWN_SIZE = 16 << 20
 _OUTAGE = 8
 
@@ -30,6 +34,7 @@ def fetch_all(
     objects: Sequence[SourceObject],
     stores: Sequence[AbstractFileSystem],
     *,
+    members: MemberReader,
     max_object_bytes: int,
     ahead_bytes: int = 256 << 20,
     threads: int = 8,
@@ -53,7 +58,7 @@ def fetch_all(
                     if waiting and held + size > ahead_bytes:
                         break
                     item = rest.popleft()
-                    future = pool.submit(_read, stores[item.store], item, max_object_bytes)
+                    future = pool.submit(_read, stores[item.store], item, members, max_object_bytes)
                     waiting.append((item, size, future))
                     held += size
                 item, size, future = waiting.popleft()
@@ -62,6 +67,9 @@ def fetch_all(
                     read += 1
                 except TooLargeError as error:
                     fetched = Fetched(item, None, str(error))
+                    read += 1
+                except MemberError as error:
+                    fetched = Fetched(item, None, f"cannot be read: {error}")
                     read += 1
                 except Exception as error:  # every store has errors of its own
                     text = f"cannot be read: {type(error).__name__}: {' '.join(str(error).split())}"
@@ -85,7 +93,11 @@ def _size(item: SourceObject) -> int:
     return _UNKNOWN_SIZE if item.version.size is None else item.version.size
 
 
-def _read(fs: AbstractFileSystem, item: SourceObject, max_object_bytes: int) -> bytes:
+def _read(
+    fs: AbstractFileSystem, item: SourceObject, members: MemberReader, max_object_bytes: int
+) -> bytes:
+    if item.problem is not None:
+        raise MemberError(item.problem)
     if item.version.size is not None and item.version.size > max_object_bytes:
         raise TooLargeError(
             f"has {item.version.size} bytes, more than the {max_object_bytes} that are taken "
@@ -93,7 +105,10 @@ def _read(fs: AbstractFileSystem, item: SourceObject, max_object_bytes: int) -> 
         )
     for pause in (*_PAUSES, None):
         try:
-            data: bytes = fs.cat_file(item.path)
+            if item.member is not None:
+                data = members.read(fs, item, max_bytes=max_object_bytes)
+            else:
+                data = fs.cat_file(item.path)
         except _LASTING:
             raise
         except Exception:

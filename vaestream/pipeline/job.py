@@ -8,8 +8,10 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from typing import Any, Literal
 
 from vaestream.archive.manifest import Manifest, PartInfo, PartStats
@@ -18,8 +20,10 @@ from vaestream.codec import Codec
 from vaestream.errors import VaestreamError
 from vaestream.pipeline.compressor import Settings, Verify
 from vaestream.pipeline.destination import Destination
-from vaestream.pipeline.plan import Shard, list_sources, make_shards
+from vaestream.pipeline.listing import Listing, list_sources
+from vaestream.pipeline.plan import Cutter, Shard
 from vaestream.pipeline.stores import options_for, store_of
+from vaestream.pipeline.work import Counts, Work
 from vaestream.pipeline.worker import ShardWorker, WorkerSpec, make_batch, part_of
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -32,13 +36,15 @@ _ERROR_LINE = re.compile(r"(?!ray\.)[A-Za-z_][\w.]*: ")
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run stands. objects, shards: all of this run; done: what has ended so far.
+    """Where a run stands. objects, shards: of this run, as far as the sources have been listed (to
+    their end where `listed`); done: what has ended so far.
 
-    stats: sums over the parts that this run has made. seconds: since it began.
+    stats: sums over the new parts that this run has made. seconds: since it began.
     """
 
     objects: int
     shards: int
+    listed: bool
     done_objects: int
     done_shards: int
     stats: PartStats
@@ -51,8 +57,9 @@ class Progress:
 
     @property
     def remaining_seconds(self) -> float | None:
-        """Estimate from the objects done so far; None before the first."""
-        if not self.done_objects:
+        """Estimate from the objects done so far; None before the first, and while objects are still
+        being listed."""
+        if not self.done_objects or not self.listed:
             return None
         return self.seconds / self.done_objects * (self.objects - self.done_objects)
 
@@ -63,7 +70,9 @@ class Summary:
 
     objects: rows of the archive, of which photos are compressed, kept (by reason) are kept as their
     source, errors (by error) are broken or unread. left_out: objects of the sources that patterns
-    left out. source_bytes, archive_bytes: of all sources and of all parts; the archive's model has
+    left out. changed: rows that this run has replaced, as their objects had changed; unlisted: rows
+    of objects that the sources do not have (any more), which stay. source_bytes, archive_bytes: of
+    all sources and of all parts; the archive's model has
     model_bytes beside that. bpp, psnr: of the compressed photos: all their bits by all their
     pixels, and the mean in dB. megapixels, seconds, megapixels_per_second: of this run.
     up_to_date: whether there was nothing to do.
@@ -74,6 +83,8 @@ class Summary:
     kept: dict[str, int]
     errors: dict[str, int]
     left_out: int
+    changed: int
+    unlisted: int
     source_bytes: int
     archive_bytes: int
     model_bytes: int
@@ -170,10 +181,14 @@ def compress(
     shards end.
 
     Every object of the sources gets one row, whatever it is. Run again with the same arguments,
-    the job goes on where it was, or finds that all is done; new objects make new parts. Objects
-    that are no longer in the sources stay in the archive. overwrite: let the new archive take the
-    place of one with other settings or of other objects; the old one can be read until then. Let
-    no two jobs write to one destination at a time.
+    the job goes on where it was, or finds that all is done; new objects make new parts. An object
+    that has changed since (size, time or ETag) gets a new row in place of the old one, and the part
+    that held it is written again. Objects that are no longer in the sources stay in the archive.
+    overwrite: let the new archive take the place of one with other settings or of other objects;
+    the old one can be read until then. Let no two jobs write to one destination at a time.
+
+    Work begins before the sources are listed to their end, and what is kept in memory of the
+    objects does not grow with those still to come.
 
     Errors: SourceError, SettingsMismatchError, ArchiveError, WeightsError, VaestreamError.
     """
@@ -209,52 +224,50 @@ def compress(
         storage_options=storage_options,
     )
     work = place.work(
-        listing.objects,
-        lambda objects: make_shards(
-            objects,
-            settings=place.settings,
-            model_id=place.model_id,
-            images=shard_images,
-            max_bytes=shard_bytes,
-        ),
+        listing,
+        Cutter(place.settings, place.model_id, images=shard_images, max_bytes=shard_bytes),
     )
     new: list[PartInfo] = []
-    up_to_date = not work.shards and place.is_finished(work.parts)
-    if not up_to_date:
-        place.begin(codec.weights)
-        if work.shards:
-            with _ray(address):
-                import ray
+    up_to_date = False
+    with _Waves(work) as waves:
+        if waves.first or not place.is_finished(work):
+            place.begin(codec.weights)
+            if waves.first:
+                with _ray(address):
+                    import ray
 
-                pool = plan_pool(
-                    ray.cluster_resources(),  # type: ignore[no-untyped-call]
-                    shards=len(work.shards),
-                    device=device,
-                    workers=workers,
-                    gpus_per_worker=gpus_per_worker,
-                )
-                spec = WorkerSpec(
-                    stores=tuple(listing.stores),
-                    fs=fs,
-                    root=root,
-                    model_id=codec.model_id,
-                    settings=settings,
-                    verify=verify,
-                    device=pool.device,
-                    threads=1,
-                    max_object_bytes=max_object_bytes,
-                    run_id=uuid.uuid4().hex,
-                )
-                for part in _run(work.shards, spec, pool):
-                    new.append(part)
-                    if progress is not None:
-                        progress(_progress(work.shards, new, time.monotonic() - begin))
-        place.commit([*work.parts, *new])
+                    pool = plan_pool(
+                        ray.cluster_resources(),  # type: ignore[no-untyped-call]
+                        shards=len(waves.first),
+                        device=device,
+                        workers=workers,
+                        gpus_per_worker=gpus_per_worker,
+                    )
+                    spec = WorkerSpec(
+                        stores=(),
+                        fs=fs,
+                        root=root,
+                        model_id=codec.model_id,
+                        settings=settings,
+                        verify=verify,
+                        device=pool.device,
+                        threads=1,
+                        max_object_bytes=max_object_bytes,
+                        run_id=uuid.uuid4().hex,
+                    )
+                    for part in _run(waves, listing, spec, pool):
+                        new.append(part)
+                        if progress is not None:
+                            progress(waves.progress(new, time.monotonic() - begin))
+            place.commit([*work.parts, *new], dropped=work.dropped)
+        else:
+            up_to_date = True
     assert place.manifest is not None
     return _summary(
         place.manifest,
-        new,
+        [part for part in new if part.part_id not in waves.rewritten],
         left_out=listing.left_out,
+        counts=work.counts,
         model_bytes=len(codec.weights),
         seconds=time.monotonic() - begin,
         up_to_date=up_to_date,
@@ -262,19 +275,79 @@ def compress(
     )
 
 
-def _run(shards: Sequence[Shard], spec: WorkerSpec, pool: Pool) -> Iterator[PartInfo]:
-    """The parts of `shards`, as they end. Long lists go in waves, as from_items is eager."""
+class _Waves:
+    """Shards in waves of at most `_WAVE`, the next one listed while one is at work.
+
+    shards, objects: listed so far; listed: whether that is all. rewritten: parts that also hold
+    rows of the part they replace. Errors of the listing come with the wave that they end.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self._shards = iter(work)
+        self._sizes: dict[str, int] = {}
+        self._stopped = threading.Event()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="listing")
+        self.shards = self.objects = 0
+        self.listed = False
+        self.rewritten: set[str] = set()
+        self.first = self._next()
+
+    def __enter__(self) -> "_Waves":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def __iter__(self) -> Iterator[list[Shard]]:
+        wave = self.first
+        while wave:
+            coming = self._pool.submit(self._next)
+            yield wave
+            wave = coming.result()
+
+    def progress(self, parts: Sequence[PartInfo], seconds: float) -> Progress:
+        """Where the run stands with these parts made."""
+        return Progress(
+            objects=self.objects,
+            shards=self.shards,
+            listed=self.listed,
+            done_objects=sum(self._sizes[part.part_id] for part in parts),
+            done_shards=len(parts),
+            stats=sum(
+                (part.stats for part in parts if part.part_id not in self.rewritten), PartStats()
+            ),
+            seconds=seconds,
+        )
+
+    def _next(self) -> list[Shard]:
+        wave: list[Shard] = []
+        for shard in islice(self._shards, _WAVE):
+            if self._stopped.is_set():
+                break
+            wave.append(shard)
+            self._sizes[shard.part_id] = len(shard.objects)
+            if shard.base is not None:
+                self.rewritten.add(shard.part_id)
+        self.shards += len(wave)
+        self.objects += sum(len(shard.objects) for shard in wave)
+        self.listed = len(wave) < _WAVE
+        return wave
+
+
+def _run(waves: _Waves, listing: Listing, spec: WorkerSpec, pool: Pool) -> Iterator[PartInfo]:
+    """The parts of all shards, as they end."""
     import ray.data
     from ray.exceptions import RayError
 
-    for start in range(0, len(shards), _WAVE):
-        wave = make_batch(shards[start : start + _WAVE])
+    for shards in waves:
+        wave = make_batch(shards)
         # A block is a shard: a worker's death repeats one shard, and each reports as it ends.
         dataset = ray.data.from_items(wave, override_num_blocks=len(wave))
         dataset.context.enable_progress_bars = False
         parts = dataset.map_batches(
             ShardWorker,
-            fn_constructor_args=(spec,),
+            fn_constructor_args=(replace(spec, stores=tuple(listing.stores)),),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(
                 size=min(pool.workers, len(wave)), max_tasks_in_flight_per_actor=1
@@ -331,17 +404,6 @@ def _ray(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def _progress(shards: Sequence[Shard], parts: Sequence[PartInfo], seconds: float) -> Progress:
-    return Progress(
-        objects=sum(len(shard.objects) for shard in shards),
-        shards=len(shards),
-        done_objects=sum(part.num_rows for part in parts),
-        done_shards=len(parts),
-        stats=sum((part.stats for part in parts), PartStats()),
-        seconds=seconds,
-    )
-
-
 def _errors(url: str, storage_options: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """Key and error of each row that has one."""
     index = open_archive(url, storage_options=options_for(url, storage_options)).index
@@ -354,6 +416,7 @@ def _summary(
     new: Sequence[PartInfo],
     *,
     left_out: int,
+    counts: Counts,
     model_bytes: int,
     seconds: float,
     up_to_date: bool,
@@ -371,6 +434,8 @@ def _summary(
         kept=dict(totals.reasons),
         errors=kinds,
         left_out=left_out,
+        changed=counts.changed,
+        unlisted=counts.unlisted,
         source_bytes=totals.source_bytes,
         archive_bytes=archive_bytes,
         model_bytes=model_bytes,

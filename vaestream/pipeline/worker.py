@@ -1,5 +1,6 @@
 """The Ray actor of a job: a shard's description in, its committed part's description out."""
 
+import heapq
 import json
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,13 +14,16 @@ from fsspec import AbstractFileSystem
 from vaestream import errors
 from vaestream.archive.manifest import PartInfo
 from vaestream.archive.reader import load_codec
+from vaestream.archive.rows import read_rows
 from vaestream.archive.schema import Row
+from vaestream.archive.storage import join
 from vaestream.archive.writer import find_part, write_part
 from vaestream.errors import DamagedArchiveError, VaestreamError
 from vaestream.pipeline.attempts import ISOLATE_AFTER, begin_attempt, end_attempts
 from vaestream.pipeline.compressor import Compressor, Settings, Verify, failed
 from vaestream.pipeline.fetch import Fetched, fetch_all
 from vaestream.pipeline.isolate import IsolatedCompressor, MakesRows
+from vaestream.pipeline.members import MemberReader
 from vaestream.pipeline.plan import Shard
 
 
@@ -60,6 +64,7 @@ class ShardWorker:
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
         self._compressor: Compressor | None = None
+        self._members = MemberReader()
 
     def __call__(self, batch: dict[str, "np.ndarray[Any, Any]"]) -> dict[str, list[str]]:
         """Do the shards of a batch, one after the other."""
@@ -97,8 +102,19 @@ class ShardWorker:
 
     def _write(self, shard: Shard, compressor: MakesRows) -> PartInfo:
         spec = self._spec
-        fetched = fetch_all(shard.objects, spec.stores, max_object_bytes=spec.max_object_bytes)
-        return write_part(spec.fs, spec.root, shard.part_id, _rows(fetched, compressor))
+        fetched = fetch_all(
+            shard.objects,
+            spec.stores,
+            members=self._members,
+            max_object_bytes=spec.max_object_bytes,
+        )
+        rows = _rows(fetched, compressor)
+        if shard.base is not None:
+            anew = {item.key for item in shard.objects}
+            old = read_rows(spec.fs, join(spec.root, shard.base))
+            stays = (row for row in old if row.key not in anew)
+            rows = heapq.merge(stays, rows, key=lambda row: row.key)
+        return write_part(spec.fs, spec.root, shard.part_id, rows, replaces=shard.base)
 
 
 def committed(fs: AbstractFileSystem, root: str, part_id: str) -> PartInfo | None:

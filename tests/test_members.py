@@ -1,0 +1,263 @@
+"""Photos inside tars, zips and Parquet files, and those that lists name."""
+
+import io
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from photos import png
+
+import vaestream
+from vaestream.errors import SourceError
+from vaestream.pipeline.fetch import Fetched, fetch_all
+from vaestream.pipeline.job import Summary
+from vaestream.pipeline.listing import list_sources
+from vaestream.pipeline.members import MemberReader
+
+FILES = {"a.png": png(1), "sub/b.png": png(2), "sub/b.json": b"{}", "empty.txt": b""}
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes = b"", **fields: Any) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def make_tar(path: Path, mode: str = "w", files: dict[str, bytes] = FILES) -> Path:
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        add(tar, "sub", type=tarfile.DIRTYPE)
+        for name, data in files.items():
+            add(tar, name, data, mtime=1_500_000_000)
+    return path
+
+
+def make_zip(path: Path, method: int) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.mkdir("sub")
+        for name, data in FILES.items():
+            archive.writestr(name, data)
+    return path
+
+
+def read(*sources: Path, **options: Any) -> dict[str, Fetched]:
+    """What a job would read, by key."""
+    objects = list(listing := list_sources([str(source) for source in sources], **options))
+    limits = {"max_object_bytes": 1 << 30}
+    found = {
+        got.item.key: got
+        for got in fetch_all(objects, listing.stores, members=MemberReader(), **limits)
+    }
+    assert len(found) == len(objects)
+    return found
+
+
+def contents(found: dict[str, Fetched]) -> dict[str, bytes | None]:
+    return {key: got.data for key, got in found.items()}
+
+
+@pytest.mark.parametrize("ending", ["tar", "tar.gz", "tgz", "tar.bz2", "tar.xz"])
+def test_a_tar_stands_for_its_members(tmp_path: Path, ending: str) -> None:
+    mode = {"tar": "w", "tgz": "w:gz"}.get(ending, f"w:{ending[4:]}")
+    found = read(make_tar(tmp_path / f"photos.{ending}", mode))
+    assert contents(found) == FILES
+    item = found["a.png"].item
+    assert item.url.startswith("tar://a.png::file://") and item.version.size == len(FILES["a.png"])
+    assert item.version.mtime is not None and item.version.mtime.year == 2017
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+def test_a_zip_stands_for_its_members(tmp_path: Path, method: int) -> None:
+    assert contents(read(make_zip(tmp_path / "photos.ZIP", method))) == FILES
+
+
+def test_shards_of_a_glob_keep_their_names_and_in_a_folder_they_are_objects(
+    tmp_path: Path,
+) -> None:
+    for name in ("000.tar", "001.tar"):
+        make_tar(tmp_path / name)
+    found = contents(read(tmp_path / "*.tar"))
+    assert found == {f"{n}.tar/{key}": data for n in ("000", "001") for key, data in FILES.items()}
+    whole = contents(read(tmp_path))
+    assert whole == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert list(read(tmp_path / "*.tar", include=["*.json"])) == [
+        "000.tar/sub/b.json",
+        "001.tar/sub/b.json",
+    ]
+
+
+def test_odd_members_are_renamed_or_told_of_by_rule(tmp_path: Path) -> None:
+    path = tmp_path / "odd.tar"
+    with tarfile.open(path, "w") as tar:
+        add(tar, "../../x.png", b"up")
+        add(tar, "/abs.png", b"absolute")
+        add(tar, "twice.png", b"one")
+        add(tar, "twice.png", b"two")
+        add(tar, "d/link.png", type=tarfile.SYMTYPE, linkname="../twice.png")
+        add(tar, "hard.png", type=tarfile.LNKTYPE, linkname="twice.png")
+        add(tar, "away.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add(tar, "pipe", type=tarfile.FIFOTYPE)
+    found = read(path)
+    assert contents(found) == {
+        "%2E%2E/%2E%2E/x.png": b"up",
+        "%2F/abs.png": b"absolute",
+        "twice.png": b"one",
+        "twice~2.png": b"two",
+        "d/link.png": b"two",
+        "hard.png": b"two",
+        "away.png": None,
+        "pipe": None,
+    }
+    assert "link to /etc/passwd" in (found["away.png"].error or "")
+    assert "neither a file nor a link" in (found["pipe"].error or "")
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_damaged_tar_gives_what_it_has_and_says_so(tmp_path: Path, mode: str) -> None:
+    files = {f"{i}.png": png(i) for i in range(4)}
+    path = make_tar(tmp_path / "cut.tar", mode, files)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 5 // 8])
+    found = read(path)
+    whole = [key for key, got in found.items() if got.data is not None]
+    assert whole and all(found[key].data == files[key] for key in whole)
+    assert set(found) < {*files, "cut.tar"} and "cut.tar" in found
+    assert "damaged" in (found["cut.tar"].error or "")
+
+
+def test_a_damaged_header_in_the_middle_is_noticed(tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "x.tar")
+    data = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        at = tar.getmember("sub/b.png").offset
+    data[at : at + 100] = b"\xff" * 100
+    path.write_bytes(data)
+    found = read(path)
+    assert found["a.png"].data == FILES["a.png"]
+    assert "damaged after 1 members" in (found["x.tar"].error or "")
+
+
+def test_an_encrypted_or_damaged_zip_member_is_an_error_of_its_own(tmp_path: Path) -> None:
+    path = make_zip(tmp_path / "x.zip", zipfile.ZIP_STORED)
+    data = bytearray(path.read_bytes())
+    data[data.index(FILES["a.png"]) + 50] ^= 1
+    at = data.index(b"sub/b.json", data.index(b"PK\x01\x02")) - 46
+    data[at + 8] |= 1  # the flag in the directory: encrypted
+    path.write_bytes(data)
+    found = read(path)
+    assert found["sub/b.png"].data == FILES["sub/b.png"]
+    assert "Bad CRC-32" in (found["a.png"].error or "")
+    assert "encrypted" in (found["sub/b.json"].error or "")
+
+
+@pytest.mark.parametrize("name", ["no.tar", "no.tar.gz", "no.zip"])
+def test_what_only_has_the_name_of_a_container_is_kept_as_it_is(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"something else entirely" * 100)
+    assert contents(read(tmp_path / name)) == {name: b"something else entirely" * 100}
+
+
+def test_a_bomb_in_a_zip_is_not_unpacked(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb", bytes(50_000_000))
+    objects = list(listing := list_sources([str(tmp_path / "x.zip")]))
+    stores, members = listing.stores, MemberReader()
+    (got,) = fetch_all(objects, stores, members=members, max_object_bytes=1_000_000)
+    assert got.data is None and "50000000 bytes" in (got.error or "")
+
+
+IMAGES = [png(i) for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("column", "keys"),
+    [
+        (
+            pa.array([{"bytes": data, "path": f"d/{i}.png"} for i, data in enumerate(IMAGES)]),
+            [f"d/{i}.png" for i in range(5)],
+        ),
+        (pa.array([{"bytes": data} for data in IMAGES]), [f"row-{i:09d}" for i in range(5)]),
+        (pa.array(IMAGES, pa.binary()), [f"row-{i:09d}" for i in range(5)]),
+        (pa.array(IMAGES, pa.large_binary()), [f"row-{i:09d}" for i in range(5)]),
+    ],
+)
+def test_parquet_with_pictures_stands_for_them(
+    tmp_path: Path, column: pa.Array, keys: list[str]
+) -> None:
+    table = pa.table({"label": range(5), "image": column})
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=2)
+    assert contents(read(tmp_path / "x.parquet")) == dict(zip(keys, IMAGES, strict=True))
+
+
+def test_a_missing_picture_is_an_error_of_its_row(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [IMAGES[0], None]}), tmp_path / "x.parquet")
+    found = read(tmp_path / "x.parquet")
+    assert found["row-000000000"].data == IMAGES[0]
+    assert "no image" in (found["row-000000001"].error or "")
+
+
+@pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "parquet"])
+def test_a_list_stands_for_what_it_names(tmp_path: Path, kind: str) -> None:
+    folder, other = tmp_path / "in", tmp_path / "other"
+    for root, name in ((folder, "a b.png"), (folder, "sub/c.png"), (other, "d.png")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode())
+    urls = ["sub/c.png", "a b.png", str(other / "d.png"), "sub/c.png", "gone.png"]
+    path = folder / f"list.{kind}"
+    if kind == "txt":
+        path.write_text("\n".join(urls) + "\n\n")
+    elif kind == "parquet":
+        pq.write_table(pa.table({"n": range(5), "url": urls}), path)
+    else:
+        separator = "," if kind == "csv" else "\t"
+        rows = zip("n0123", ["URL", *urls[:4]], strict=True)
+        path.write_text("\n".join(separator.join(row) for row in rows))
+    found = contents(read(path))
+    elsewhere = f"{other}/d.png".lstrip("/")
+    expected = {"sub/c.png": b"sub/c.png", "a b.png": b"a b.png", elsewhere: b"d.png"}
+    if kind in ("txt", "parquet"):
+        expected["gone.png"] = None  # type: ignore[assignment]
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "reason"),
+    [
+        ("x.parquet", lambda p: pq.write_table(pa.table({"n": [1]}), p), "its columns are n"),
+        ("x.parquet", lambda p: p.write_bytes(b"junk"), "is no Parquet file"),
+        ("x.csv", lambda p: p.write_text("n,m\n1,2\n"), "its first line is 'n,m'"),
+    ],
+)
+def test_a_table_without_photos_is_refused_with_what_it_has(
+    tmp_path: Path, name: str, make: Callable[[Path], Any], reason: str
+) -> None:
+    make(tmp_path / name)
+    with pytest.raises(SourceError, match=reason) as caught:
+        list(list_sources([str(tmp_path / name)]))
+    assert name in str(caught.value)
+
+
+def test_the_job_takes_tars_and_goes_on_as_they_grow(
+    local_ray: Path, weights: Path, tmp_path: Path
+) -> None:
+    def run() -> Summary:
+        options: dict[str, Any] = {"min_psnr": 0.0, "shard_images": 3, "weights": weights}
+        return vaestream.compress(tmp_path / "*.tar", tmp_path / "archive", **options)
+
+    make_tar(tmp_path / "0.tar")
+    assert run().objects == 4
+    make_tar(tmp_path / "1.tar.part")
+    (tmp_path / "1.tar.part").rename(tmp_path / "1.tar")
+    summary = run()
+    assert (summary.objects, summary.changed, summary.photos) == (8, 0, 4)
+    archive = vaestream.open(str(tmp_path / "archive"))
+    assert sorted(archive) == sorted(f"{n}.tar/{key}" for n in (0, 1) for key in FILES)
+    assert archive.blob("1.tar/sub/b.json") == b"{}"
+    assert archive["0.tar/sub/b.png"].size == (96, 72)
+    with pytest.raises(SourceError, match="part of a vaestream archive"):
+        list(list_sources([str(next((tmp_path / "archive").glob("part-*")))]))

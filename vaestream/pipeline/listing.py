@@ -1,0 +1,495 @@
+"""Sources, as a user names them -> the objects they hold, found as one goes along.
+
+Nothing here grows with the number of objects, but for sources that only come whole (globs, the
+members of one zip) and, with several sources, 16 bytes an object to notice what is there twice.
+"""
+
+import fnmatch
+import hashlib
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from fsspec import AbstractFileSystem
+
+from vaestream.errors import SourceError
+from vaestream.pipeline.members import Found, is_container, list_members
+from vaestream.pipeline.plan import SourceObject, Version, escape, safe_key
+from vaestream.pipeline.stores import protocol_of, store_of
+from vaestream.pipeline.tables import is_list, is_parquet, listed_urls, parquet_kind
+
+_MAGIC = re.compile(r"[*?\[]")
+
+Info = Mapping[str, Any]
+"""What an fsspec store says of a file: size, type, and times under names of its own."""
+
+
+@dataclass(slots=True)
+class Listing:
+    """The objects of some sources, as `list_sources` has resolved them; iterate once.
+
+    stores: filesystems of the objects found so far. left_out: objects so far that the include and
+    exclude patterns have left out.
+    """
+
+    stores: list[AbstractFileSystem] = field(default_factory=list)
+    left_out: int = 0
+    _objects: Iterator[SourceObject] = field(default_factory=lambda: iter(()))
+
+    def __iter__(self) -> Iterator[SourceObject]:
+        """Errors: SourceError for what cannot be listed, for two objects whose keys are equal, and
+        at the end when there was none."""
+        return self._objects
+
+    def store(self, fs: AbstractFileSystem) -> int:
+        """The place of `fs` in `stores`."""
+        if fs not in self.stores:
+            self.stores.append(fs)
+        return self.stores.index(fs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """One argument: the filesystem and path, and the parts of its keys that others may share.
+
+    folder: path of the folder that its keys are relative to. single: one file, no more.
+    """
+
+    text: str
+    fs: AbstractFileSystem
+    path: str
+    folder: str
+    single: bool
+    kind: str
+    info: Info
+
+
+def list_sources(
+    sources: Sequence[str],
+    *,
+    destination: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    storage_options: Mapping[str, Any] | None = None,
+) -> Listing:
+    """Find `sources`: files, folders (walked recursively), globs, or URLs that fsspec knows.
+
+    Every file of a folder counts, hidden ones too. Links to files are followed, links to folders
+    are not (they may run in a circle); pipes, sockets and devices are no files. Of http(s) only
+    files are taken, as a web server has no reliable listing. What lies under `destination` is left
+    out.
+
+    A file that is named, or matched by a glob, and holds others, stands for these: members of a tar
+    (also compressed) or zip; values of a Parquet file's image column (binary, or a struct with
+    bytes); what the URLs and paths of a list name (.txt a line each, .csv, .tsv or Parquet in a
+    column url, uri, path, file, file_name, filename, image, image_url or location), relative ones
+    from the list's folder. In a folder such files are objects like others.
+
+    A key is the path below the source's folder: a file's own name for a file, the path below the
+    last folder without a wildcard for a glob; below a tar or zip the member's path, below Parquet
+    the image's path or row-NNNNNNNNN; in a list a relative path as it is, a URL without its
+    scheme. Keys are made safe by `safe_key`. Several sources that hold more than one object put
+    their folder's name in front of their keys, and as much of its path as tells them apart; so do
+    files of one name. A name that a container has twice gets ~2 before its ending.
+
+    include, exclude: shell patterns, case-sensitive. One with a slash is matched against the whole
+    key, one without against each name in it; `*` also matches slashes. An object is taken if any
+    `include` matches (or there is none) and no `exclude` does.
+
+    Errors: SourceError for a source that does not exist or cannot be listed. What lies deeper is
+    found, and told of, by the iteration.
+    """
+    found = [_resolve(text, storage_options) for text in sources]
+    for fs in {id(source.fs): source.fs for source in found}.values():
+        # A listing of an earlier run in this process would hide what is new.
+        fs.invalidate_cache()
+    listing = Listing()
+    listing._objects = _objects(
+        listing, found, _prefixes(found), destination, include, exclude, storage_options
+    )
+    return listing
+
+
+def _objects(
+    listing: Listing,
+    sources: Sequence[_Source],
+    prefixes: Sequence[str],
+    destination: str | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    storage_options: Mapping[str, Any] | None,
+) -> Iterator[SourceObject]:
+    urls: set[bytes] = set()
+    keys: set[bytes] = set()
+    count = 0
+    for source, prefix in zip(sources, prefixes, strict=True):
+        barrier = None if destination is None else _barrier(source.fs, destination, storage_options)
+        for item in _items(listing, source, storage_options):
+            if barrier is not None and _is_under(_real(source.fs, item.path), barrier):
+                continue
+            key = prefix + item.key
+            if len(sources) > 1 or source.kind == "list":
+                # Only sources that overlap, and lists, have anything twice.
+                url, mark = _digest(item.url), _digest(key)
+                if url in urls:
+                    continue
+                if mark in keys:
+                    raise SourceError(
+                        f"{item.url} and an object before it would both be kept as {key!r}: "
+                        "compress their common folder, or each into an archive of its own"
+                    )
+                urls.add(url)
+                keys.add(mark)
+            if not _selected(key, include, exclude):
+                listing.left_out += 1
+                continue
+            count += 1
+            yield replace(item, key=key) if prefix else item
+    if not count:
+        left = listing.left_out
+        what = f"{left} objects, all of them left out" if left else "no objects to compress"
+        raise SourceError(f"{', '.join(source.text for source in sources)}: {what}")
+
+
+def _resolve(text: str, storage_options: Mapping[str, Any] | None) -> _Source:
+    fs, path = store_of(text, storage_options)
+    with _listing(escape(text)):
+        if protocol_of(text) in ("http", "https"):
+            # A page with links passes for a folder: only the object itself is asked for.
+            info = fs.info(path)
+            name = path.split("?")[0].split("#")[0].rstrip("/")
+            return _file(text, fs, path, name, info)
+        if _MAGIC.search(path) and not fs.exists(path):
+            return _Source(text, fs, path, _base(path), False, "glob", {})
+        info = fs.info(path)
+        if info["type"] == "directory":
+            return _Source(text, fs, path, path.rstrip("/"), False, "folder", info)
+        return _file(text, fs, path, path, info)
+
+
+def _file(text: str, fs: AbstractFileSystem, path: str, name: str, info: Info) -> _Source:
+    kind = "file"
+    if is_container(name):
+        kind = "container"
+    elif is_list(name):
+        kind = "list"
+    elif is_parquet(name):
+        kind = parquet_kind(fs, path, escape(text))
+    folder = name if kind == "container" else _parent(name)
+    return _Source(text, fs, path, folder, kind == "file", kind, info)
+
+
+def _items(
+    listing: Listing, source: _Source, storage_options: Mapping[str, Any] | None
+) -> Iterator[SourceObject]:
+    """Objects with keys relative to the source's folder."""
+    fs, path = source.fs, source.path
+    with _listing(escape(source.text)):
+        if source.kind == "folder":
+            yield from _plain(listing, fs, path, _walk(fs, path))
+        elif source.kind == "container":
+            yield from _members(listing, fs, path, source.info, "")
+        elif source.kind == "list":
+            yield from _listed(listing, source, storage_options)
+        elif source.kind == "glob":
+            yield from _globbed(listing, source, storage_options)
+        else:
+            name = _last(path.split("?")[0].split("#")[0]) if _is_web(fs) else _last(path)
+            checked = _regular(path, source.info)
+            if checked is not None:
+                yield _object(listing, fs, path, name, checked)
+
+
+def _plain(
+    listing: Listing, fs: AbstractFileSystem, base: str, files: Iterator[tuple[str, Info]]
+) -> Iterator[SourceObject]:
+    cut = len(base.rstrip("/")) + 1 if base else 0
+    for path, info in files:
+        yield _object(listing, fs, path, path[cut:], info)
+
+
+def _globbed(
+    listing: Listing, source: _Source, storage_options: Mapping[str, Any] | None
+) -> Iterator[SourceObject]:
+    fs, base = source.fs, source.folder
+    matches: dict[str, Info] = fs.glob(source.path, detail=True)
+    if not matches:
+        raise SourceError(f"{escape(source.text)}: no file or folder matches")
+    cut = len(base) + 1 if base else 0
+    for path, info in matches.items():
+        if info["type"] == "directory":
+            yield from _plain(listing, fs, base, _walk(fs, path))
+            continue
+        checked = _regular(path, info)
+        if checked is None:
+            continue
+        inner = _file(fs.unstrip_protocol(path), fs, path, path, checked)
+        if inner.kind == "container":
+            yield from _members(listing, fs, path, checked, path[cut:] + "/")
+        elif inner.kind == "list":
+            yield from _listed(listing, inner, storage_options)
+        else:
+            yield _object(listing, fs, path, path[cut:], checked)
+
+
+def _members(
+    listing: Listing, fs: AbstractFileSystem, path: str, info: Info, prefix: str
+) -> Iterator[SourceObject]:
+    store = listing.store(fs)
+    container = _version(info)
+    # Of a container that has changed, no member counts as the one it was.
+    state = container.etag or (container.mtime.isoformat() if container.mtime else None)
+    names: Counter[str] = Counter()
+    url = escape(fs.unstrip_protocol(path))
+    for found in list_members(fs, path):
+        key = safe_key(found.name)
+        names[key] += 1
+        if names[key] > 1:
+            stem, ending = os.path.splitext(key)
+            key = f"{stem}~{names[key]}{ending}"
+        version = Version(found.size, found.mtime, state)
+        yield SourceObject(
+            prefix + key, store, path, _member_url(url, found), version, found.member, found.problem
+        )
+
+
+def _member_url(url: str, found: Found) -> str:
+    """As fsspec opens it, for members of tar and zip."""
+    return f"{found.kind}://{escape(found.name)}::{url}" if found.kind else f"{url}#{found.name}"
+
+
+def _listed(
+    listing: Listing, source: _Source, storage_options: Mapping[str, Any] | None
+) -> Iterator[SourceObject]:
+    folder = _parent(source.path)
+    shown = escape(source.text)
+    for url in listed_urls(source.fs, source.path, shown):
+        if "://" in url:
+            fs, path = store_of(url, storage_options)
+            key = url.split("://", 1)[1].lstrip("/")
+        else:
+            fs = source.fs
+            path = url if url.startswith("/") else f"{folder}/{url}"
+            path, key = fs._strip_protocol(path), url.lstrip("/")
+        version = Version()
+        if "file" in _protocols(fs):
+            try:
+                status = os.stat(path)
+            except OSError:
+                pass  # its row will tell
+            else:
+                version = _version({"size": status.st_size, "mtime": status.st_mtime})
+        yield SourceObject(
+            safe_key(key), listing.store(fs), path, escape(fs.unstrip_protocol(path)), version
+        )
+
+
+def _object(
+    listing: Listing, fs: AbstractFileSystem, path: str, relative: str, info: Info
+) -> SourceObject:
+    url = escape(fs.unstrip_protocol(path))
+    return SourceObject(safe_key(relative), listing.store(fs), path, url, _version(info))
+
+
+def _walk(fs: AbstractFileSystem, path: str) -> Iterator[tuple[str, Info]]:
+    """Every file below a folder, ascending by path; memory holds the names of one folder."""
+    protocols = _protocols(fs)
+    with _listing(escape(fs.unstrip_protocol(path))):
+        if "file" in protocols:
+            yield from _walk_local(path)
+        elif "s3" in protocols:
+            yield from _walk_s3(fs, path)
+        else:
+            yield from _walk_folders(fs, path)
+
+
+def _walk_local(folder: str) -> Iterator[tuple[str, Info]]:
+    names: list[str] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            is_folder = entry.is_dir(follow_symlinks=False)
+            names.append(entry.name + "/" * is_folder)
+    for name in sorted(names, key=safe_key):
+        path = f"{folder.rstrip('/')}/{name}"
+        if name.endswith("/"):
+            yield from _walk_local(path[:-1])
+            continue
+        info = _status(path)
+        if info is not None:
+            yield path, info
+
+
+def _walk_s3(fs: AbstractFileSystem, path: str) -> Iterator[tuple[str, Info]]:
+    """A page of a thousand keys at a time: s3fs would gather all of them first."""
+    bucket, _, prefix = path.partition("/")
+    prefix = prefix.rstrip("/") + "/" if prefix else ""
+    more: dict[str, str] = {}
+    while True:
+        page = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
+        for entry in page.get("Contents", []):
+            if not entry["Key"].endswith("/"):  # those are marks of folders
+                yield f"{bucket}/{entry['Key']}", entry
+        if not page.get("IsTruncated"):
+            return
+        more = {"ContinuationToken": page["NextContinuationToken"]}
+
+
+def _walk_folders(fs: AbstractFileSystem, folder: str) -> Iterator[tuple[str, Info]]:
+    found = [info for info in fs.ls(folder, detail=True) if info["name"].rstrip("/") != folder]
+    is_folder = {info["name"]: info["type"] == "directory" for info in found}
+    for info in sorted(found, key=lambda one: one["name"] + "/" * is_folder[one["name"]]):
+        if is_folder[info["name"]]:
+            yield from _walk_folders(fs, info["name"].rstrip("/"))
+        elif info["type"] == "file":
+            yield info["name"], info
+
+
+def _status(path: str) -> Info | None:
+    """Of what a link points to; a dead link counts as a file (its row says that it is dead), and
+    None is what is no file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return {}
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return {"size": status.st_size, "mtime": status.st_mtime}
+
+
+def _regular(path: str, info: Info) -> Info | None:
+    """As `_status`, of a file that a store has described."""
+    if info["type"] == "other":
+        return _status(path) if info.get("islink") else None
+    return info if info["type"] == "file" else None
+
+
+@contextmanager
+def _listing(shown: str) -> Iterator[None]:
+    """Raise whatever a store raises in the block as SourceError."""
+    try:
+        yield
+    except (SourceError, GeneratorExit):
+        raise
+    except FileNotFoundError as error:
+        raise SourceError(f"{shown}: there is no such file, folder or object") from error
+    except Exception as error:  # each store has errors of its own, many of them no OSError
+        told = " ".join(str(error).split())
+        raise SourceError(f"{shown}: cannot be listed: {type(error).__name__}: {told}") from error
+
+
+def _version(info: Info) -> Version:
+    """Stores name these differently: local mtime, S3 LastModified and ETag, GCS updated, ..."""
+    lower = {name.lower(): value for name, value in info.items()}
+    times = (lower.get(name) for name in ("mtime", "lastmodified", "last_modified", "updated"))
+    etag = next((lower[name] for name in ("etag", "md5hash") if lower.get(name)), None)
+    return Version(
+        size=None if lower.get("size") is None else int(lower["size"]),
+        mtime=next((_utc(value) for value in times if value is not None), None),
+        etag=None if etag is None else str(etag),
+    )
+
+
+def _utc(value: object) -> datetime | None:
+    try:
+        if isinstance(value, int | float):
+            return datetime.fromtimestamp(value, UTC)
+        if isinstance(value, str):
+            value = datetime.fromisoformat(value)
+    except (ValueError, OverflowError, OSError):
+        return None
+    if not isinstance(value, datetime):
+        return None
+    return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def _selected(key: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    names = key.split("/")
+
+    def matches(pattern: str) -> bool:
+        parts = [key] if "/" in pattern else names
+        return any(fnmatch.fnmatchcase(part, pattern) for part in parts)
+
+    return (not include or any(map(matches, include))) and not any(map(matches, exclude))
+
+
+def _prefixes(sources: Sequence[_Source]) -> list[str]:
+    """What each source's keys get in front, so that sources cannot have one in common."""
+    many = [i for i, source in enumerate(sources) if not source.single and source.kind != "list"]
+    prefixes = [""] * len(sources)
+    if len(many) > 1:
+        folders = [sources[i].folder for i in many]
+        for i, name in zip(many, _apart(folders), strict=True):
+            prefixes[i] = f"{name}/"
+    names: dict[str, list[int]] = {}
+    for i, source in enumerate(sources):
+        if source.single:
+            names.setdefault(_last(source.path), []).append(i)
+    for alike in names.values():
+        folders = list(dict.fromkeys(sources[i].folder for i in alike))
+        if len(folders) > 1:
+            apart = dict(zip(folders, _apart(folders), strict=True))
+            for i in alike:
+                prefixes[i] = f"{apart[sources[i].folder]}/"
+    return [safe_key(prefix[:-1]) + "/" if prefix else "" for prefix in prefixes]
+
+
+def _apart(folders: Sequence[str]) -> list[str]:
+    """The shortest ends of these paths, the same number of names each, that are all different."""
+    names = [folder.strip("/").split("/") for folder in folders]
+    different = len(set(map(tuple, names)))
+    for length in range(1, max(map(len, names)) + 1):
+        ends = ["/".join(one[-length:]) for one in names]
+        if len(set(ends)) == different:
+            return ends
+    return ["/".join(one) for one in names]
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).digest()
+
+
+def _protocols(fs: AbstractFileSystem) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _is_web(fs: AbstractFileSystem) -> bool:
+    return "http" in _protocols(fs)
+
+
+def _barrier(
+    fs: AbstractFileSystem, destination: str, storage_options: Mapping[str, Any] | None
+) -> str | None:
+    """The destination's path in `fs`, or None where it lies in another store."""
+    if protocol_of(destination) not in _protocols(fs):
+        return None
+    target, path = store_of(destination, storage_options)
+    return _real(target, path)
+
+
+def _real(fs: AbstractFileSystem, path: str) -> str:
+    return os.path.realpath(path) if "file" in _protocols(fs) else path
+
+
+def _is_under(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+def _base(pattern: str) -> str:
+    """The last folder of a glob without a wildcard."""
+    start = _MAGIC.search(pattern)
+    assert start is not None
+    return pattern[: start.start()].rpartition("/")[0]
+
+
+def _last(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]
+
+
+def _parent(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[0]

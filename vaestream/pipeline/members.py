@@ -1,0 +1,255 @@
+"""Files that hold photos: tars (WebDataset shards too), zips, Parquet with an image column.
+
+Members are read where they lie, each by itself, and never written out under their names.
+"""
+
+import bz2
+import gzip
+import lzma
+import os
+import tarfile
+import tempfile
+import threading
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import IO, Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
+
+from vaestream.archive.storage import RangeFile, file_size
+from vaestream.pipeline.plan import Cell, Member, SourceObject, Span, ZipMember
+from vaestream.pipeline.tables import PARQUET_ENDING, image_cells
+
+_TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+_ZIP_ENDING = ".zip"
+_BLOCK_BYTES = 256 << 10
+"""Read ahead in a container: more than a header, less than most photos."""
+
+
+class MemberError(Exception):
+    """A member cannot be read, now or ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a container holds. kind: protocol by which fsspec reaches it there; "" without one.
+
+    member is None for the container itself, where it cannot be opened; problem: why there is
+    nothing to read.
+    """
+
+    name: str
+    kind: Literal["tar", "zip", ""]
+    member: Member | None
+    size: int | None = None
+    mtime: datetime | None = None
+    problem: str | None = None
+
+
+def is_container(name: str) -> bool:
+    """Whether the file name is one of a tar or zip."""
+    return name.lower().endswith((*_TAR_ENDINGS, _ZIP_ENDING))
+
+
+def list_members(fs: AbstractFileSystem, path: str) -> Iterator[Found]:
+    """The members of a tar, zip or Parquet file, in their order.
+
+    A file that is none of these comes as itself, to be kept as it is; one that breaks off, with a
+    last entry that says so. Raises what the store raises.
+    """
+    name = path.lower()
+    if name.endswith(PARQUET_ENDING):
+        for key, cell in image_cells(fs, path):
+            yield Found(key, "", cell)
+        return
+    with _open(fs, path) as file:
+        if name.endswith(_ZIP_ENDING):
+            yield from _in_zip(file, path)
+        else:
+            yield from _in_tar(file, path)
+
+
+class MemberReader:
+    """Reads members; keeps the container of the last one open. Threads may share it.
+
+    A compressed tar cannot be entered in the middle: it is unpacked to a temporary file first, once
+    for all members that are asked for in a row.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: tuple[tuple[str, str | None, object], Any] | None = None
+
+    def read(self, fs: AbstractFileSystem, item: SourceObject, *, max_bytes: int) -> bytes:
+        """The bytes of `item`, at most `max_bytes` + 1 of them. Errors: MemberError, and what the
+        store raises."""
+        member = item.member
+        if isinstance(member, Span):
+            end = member.offset + min(member.size, max_bytes + 1)
+            if member.compressed:
+                data = self._unpacked(fs, item, member.offset, end)
+            else:
+                data = fs.cat_file(item.path, start=member.offset, end=end)
+            if len(data) != end - member.offset:
+                raise MemberError(f"the tar ends after {len(data)} of its {member.size} bytes")
+            return data
+        if isinstance(member, ZipMember):
+            return self._from_zip(fs, item, member, max_bytes)
+        assert isinstance(member, Cell)
+        return self._from_cell(fs, item, member)
+
+    def close(self) -> None:
+        """Let go of what is open."""
+        with self._lock:
+            self._drop()
+
+    def _unpacked(self, fs: AbstractFileSystem, item: SourceObject, start: int, end: int) -> bytes:
+        with self._lock:
+            file: IO[bytes] | None = self._held(item, "tar")
+            if file is None:
+                file = tempfile.TemporaryFile(prefix="vaestream-")  # noqa: SIM115
+                self._hold(item, "tar", file)
+                try:
+                    with _open(fs, item.path) as packed, _decompressed(packed) as stream:
+                        # A little at a time: what comes before damage is good.
+                        while chunk := stream.read1(_BLOCK_BYTES):
+                            file.write(chunk)
+                except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+                    if isinstance(error, OSError) and error.errno is not None:
+                        self._drop()  # of the store or the disk, not of the tar
+                        raise
+            return os.pread(file.fileno(), end - start, start)
+
+    def _from_zip(
+        self, fs: AbstractFileSystem, item: SourceObject, member: ZipMember, max_bytes: int
+    ) -> bytes:
+        with self._lock:
+            archive: zipfile.ZipFile | None = self._held(item, "zip")
+            if archive is None:
+                archive = zipfile.ZipFile(_open(fs, item.path))
+                self._hold(item, "zip", archive)
+            try:
+                with archive.open(member.name) as stream:
+                    return stream.read(max_bytes + 1)
+            except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+                raise MemberError(str(error)) from error
+
+    def _from_cell(self, fs: AbstractFileSystem, item: SourceObject, cell: Cell) -> bytes:
+        with self._lock:
+            values: pa.ChunkedArray | None = self._held(item, cell.group)
+            if values is None:
+                size = file_size(fs, item.path)
+                file = pq.ParquetFile(RangeFile(fs, item.path, size), pre_buffer=False)
+                table = file.read_row_group(cell.group, [cell.column], use_threads=False)
+                values = table.flatten().column(0) if "." in cell.column else table.column(0)
+                self._hold(item, cell.group, values)
+            data: bytes | None = values[cell.row].as_py()
+        if data is None:
+            raise MemberError("there is no image in this row")
+        return data
+
+    def _held(self, item: SourceObject, what: object) -> Any:
+        if self._open is not None and self._open[0] == (item.path, item.version.etag, what):
+            return self._open[1]
+        return None
+
+    def _hold(self, item: SourceObject, what: object, opened: object) -> None:
+        self._drop()
+        self._open = (item.path, item.version.etag, what), opened
+
+    def _drop(self) -> None:
+        if self._open is not None and hasattr(self._open[1], "close"):
+            self._open[1].close()
+        self._open = None
+
+
+def _open(fs: AbstractFileSystem, path: str) -> IO[bytes]:
+    file: IO[bytes] = fs.open(path, "rb", block_size=_BLOCK_BYTES, cache_type="readahead")
+    return file
+
+
+def _decompressed(file: IO[bytes]) -> gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile:
+    """A stream of the tar's own bytes."""
+    magic = file.read(6)
+    file.seek(0)
+    if magic.startswith(b"BZh"):
+        return bz2.open(file)
+    if magic.startswith(b"\xfd7zXZ"):
+        return lzma.open(file)
+    return gzip.open(file)
+
+
+def _in_tar(file: IO[bytes], path: str) -> Iterator[Found]:
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:*")  # noqa: SIM115
+    except tarfile.ReadError:
+        yield Found(path.rpartition("/")[2], "", None)
+        return
+    compressed = tar.fileobj is not file
+    places: dict[str, tuple[int, int]] = {}
+    count = 0
+    problem: str | None = None
+    with tar:
+        while True:
+            try:
+                info = tar.next()
+                if info is None:
+                    problem = _end(tar)
+                    break
+            except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
+                problem = str(error)
+                break
+            tar.members.clear()  # type: ignore[attr-defined]
+            if info.isdir():
+                continue
+            count += 1
+            place = (info.offset_data, info.size) if info.isreg() else None
+            if info.islnk() or info.issym():
+                folder = info.name.rpartition("/")[0] if info.issym() else ""
+                target = os.path.normpath(os.path.join(folder, info.linkname))
+                place = places.get(target)
+                problem = None if place else f"is a link to {target}, which does not come before it"
+            elif place is None or info.issparse():
+                place, problem = None, "is neither a file nor a link"
+            if place is not None:
+                places[os.path.normpath(info.name)] = place
+            yield Found(
+                info.name,
+                "tar",
+                Span(*place, compressed) if place else None,
+                place[1] if place else None,
+                datetime.fromtimestamp(info.mtime, UTC) if info.mtime else None,
+                problem,
+            )
+            problem = None
+    if problem is not None:
+        told = f"the tar is damaged after {count} members, what follows is not read: {problem}"
+        yield Found(path.rpartition("/")[2], "", None, problem=told)
+
+
+def _end(tar: tarfile.TarFile) -> str | None:
+    """Why the tar ends here, where it should not: tarfile takes a damaged header for the end."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    block = tar.fileobj.read(tarfile.BLOCKSIZE)
+    return "bad header" if any(block) else None
+
+
+def _in_zip(file: IO[bytes], path: str) -> Iterator[Found]:
+    try:
+        archive = zipfile.ZipFile(file)
+    except zipfile.BadZipFile:
+        yield Found(path.rpartition("/")[2], "", None)
+        return
+    with archive:
+        for info in archive.infolist():
+            if info.is_dir():
+                continue
+            problem = "is encrypted" if info.flag_bits & 1 else None
+            member = ZipMember(info.filename)
+            yield Found(info.filename, "zip", member, info.file_size, problem=problem)

@@ -66,6 +66,8 @@ def compress(args: argparse.Namespace) -> int:
     """`vaestream compress`."""
     from vaestream.pipeline.job import compress
 
+    if args.dry_run:
+        return _estimate(args)
     line = _ProgressLine()
     try:
         summary = compress(
@@ -98,6 +100,52 @@ def compress(args: argparse.Namespace) -> int:
     else:
         print(_told(summary, args.destination))
     return SOME_FAILED if summary.errors else OK
+
+
+def _estimate(args: argparse.Namespace) -> int:
+    from vaestream.pipeline.compressor import Settings
+    from vaestream.pipeline.estimate import estimate
+    from vaestream.pipeline.prepare import prepare
+
+    _check_device(args.device)
+    settings = Settings.of(
+        quality=args.quality,
+        target_bpp=args.target_bpp,
+        target_psnr=args.target_psnr,
+        min_psnr=args.min_psnr,
+        max_pixels=args.max_pixels,
+        effort=args.effort,
+    )
+    prepared = prepare(
+        args.sources,
+        args.destination,
+        settings=settings,
+        shard_images=args.shard_images,
+        include=args.include,
+        exclude=args.exclude,
+        storage_options=args.storage_options,
+        overwrite=args.overwrite,
+        weights=args.weights,
+        device=args.device,
+    )
+    told = estimate(prepared, sample=args.sample, max_object_bytes=args.max_object_bytes)
+    if args.json:
+        print(json.dumps(told.to_json()))
+        return OK
+    print(
+        f"nothing written; {told.objects} objects to do, {_size(told.source_bytes)}\n"
+        f"{told.sampled} of them tried: {told.photos} photos compressed, "
+        f"{sum(told.kept.values())} kept as their source, {told.errors} with errors"
+    )
+    for reason, count in told.kept.items():
+        print(f"  kept: {reason}: {count}")
+    if told.ratio is not None and told.archive_bytes is not None:
+        print(f"about {_size(told.archive_bytes)} in the archive, {told.ratio:.2f} times smaller")
+    if told.bpp is not None:
+        psnr = "" if told.psnr is None else f", {told.psnr:.2f} dB PSNR"
+        print(f"compressed photos: {told.bpp:.3f} bits per pixel{psnr}")
+    print(f"about {told.worker_hours:.1f} hours of one worker here: divide by your workers")
+    return OK
 
 
 def ls(args: argparse.Namespace) -> int:
@@ -166,10 +214,13 @@ def extract(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """`vaestream verify`: exit code 1 where any byte is not the one that was written."""
+    """`vaestream verify`: exit code 1 where any byte is not the one that was written, or any source
+    has no right row."""
     from vaestream.archive.verify import verify
     from vaestream.pipeline.stores import options_for
 
+    if args.against:
+        return _prove(args)
     problems = verify(args.archive, storage_options=options_for(args.archive, args.storage_options))
     if args.json:
         print(json.dumps({"problems": [asdict(problem) for problem in problems]}))
@@ -181,6 +232,36 @@ def verify(args: argparse.Namespace) -> int:
             print(_shown(f"{where}: {problem.what}: {problem.detail}"))
         print(f"{len(problems)} problems" if problems else "whole: every byte is as written")
     return ERROR if problems else OK
+
+
+def _prove(args: argparse.Namespace) -> int:
+    from vaestream.pipeline.proof import prove
+
+    _check_device(args.device)
+    live = sys.stderr.isatty()
+    proof = prove(
+        _open(args),
+        args.against,
+        include=args.include,
+        exclude=args.exclude,
+        storage_options=args.storage_options,
+        progress=(lambda now: print(f"\r{now.objects} objects", end="", file=sys.stderr))
+        if live
+        else None,
+    )
+    if live:
+        print(file=sys.stderr)
+    if args.json:
+        print(json.dumps(asdict(proof)))
+        return ERROR if proof.problems else OK
+    for key, problem in proof.problems:
+        print(_shown(f"{key}: {problem}"))
+    print(
+        f"{proof.objects} objects of the sources: {proof.photos} decode to the PSNR they claim, "
+        f"{proof.verbatim} are kept byte for byte, {len(proof.problems)} are not proved"
+        + (f"; {proof.unlisted} rows are of other objects" if proof.unlisted else "")
+    )
+    return ERROR if proof.problems else OK
 
 
 def train(args: argparse.Namespace) -> int:
@@ -260,7 +341,7 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("ls", help="list an archive's rows, as JSON lines with --json"), ls
     )
     _archive_arguments(commands.add_parser("info", help="what an archive holds"), info)
-    _archive_arguments(commands.add_parser("verify", help="find damage in an archive"), verify)
+    _verify_arguments(commands.add_parser("verify", help="find damage in an archive"))
     _extract_arguments(commands.add_parser("extract", help="write photos back to files"))
     _train_arguments(commands.add_parser("train", help="train a model on photos"))
     _evaluate_arguments(commands.add_parser("evaluate", help="measure rate and distortion"))
@@ -269,7 +350,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _compress_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("sources", nargs="+", metavar="SRC", help="file, folder (recursive), glob or fsspec URL")
+    add(
+        "sources",
+        nargs="+",
+        metavar="SRC",
+        help="file, folder (recursive), glob or fsspec URL; a tar, zip, Parquet or list file that "
+        "is named stands for what it holds",
+    )
     add("destination", metavar="DST", help="folder or fsspec URL of the archive")
     rate = parser.add_mutually_exclusive_group()
     rate.add_argument("--quality", type=float, metavar="Q", help="0 to 100 (default 50)")
@@ -300,6 +387,12 @@ def _compress_arguments(parser: argparse.ArgumentParser) -> None:
     add("--weights", metavar="W", help="model other than the shipped one, a path or URL")
     add("--max-pixels", type=int, default=256_000_000, metavar="N", help="refuse larger pictures")
     add("--max-object-bytes", type=int, default=1 << 30, metavar="N", help="refuse larger objects")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="write nothing: list the sources, try a sample, tell size, PSNR and time",
+    )
+    add("--sample", type=int, default=32, metavar="N", help="objects that a dry run tries (32)")
     add("--json", action="store_true", help="the summary as JSON")
     _storage_argument(parser)
     parser.set_defaults(run=compress)
@@ -312,6 +405,23 @@ def _archive_arguments(
     parser.add_argument("--json", action="store_true")
     _storage_argument(parser)
     parser.set_defaults(run=run, device="cpu")
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    _archive_arguments(parser, verify)
+    add = parser.add_argument
+    add(
+        "--against",
+        action="append",
+        default=[],
+        metavar="SRC",
+        help="prove instead that each object of this source has its row and comes back; name the "
+        "sources, and what to include and exclude, as for compress",
+    )
+    add("--include", action="append", default=[], metavar="GLOB")
+    add("--exclude", action="append", default=[], metavar="GLOB")
+    add("--device", choices=("auto", "cpu", "cuda"))
+    parser.set_defaults(device="auto")
 
 
 def _extract_arguments(parser: argparse.ArgumentParser) -> None:

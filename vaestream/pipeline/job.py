@@ -16,13 +16,12 @@ from typing import Any, Literal
 
 from vaestream.archive.manifest import Manifest, PartInfo, PartStats
 from vaestream.archive.reader import open_archive
-from vaestream.codec import Codec
 from vaestream.errors import VaestreamError
 from vaestream.pipeline.compressor import Settings, Verify
-from vaestream.pipeline.destination import Destination
-from vaestream.pipeline.listing import Listing, list_sources
-from vaestream.pipeline.plan import Cutter, Shard
-from vaestream.pipeline.stores import options_for, store_of
+from vaestream.pipeline.listing import Listing
+from vaestream.pipeline.plan import Shard
+from vaestream.pipeline.prepare import Paths, prepare
+from vaestream.pipeline.stores import options_for
 from vaestream.pipeline.work import Counts, Work
 from vaestream.pipeline.worker import ShardWorker, WorkerSpec, make_batch, part_of
 
@@ -144,7 +143,7 @@ def plan_pool(
 
 
 def compress(
-    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    sources: Paths,
     destination: str | os.PathLike[str],
     *,
     quality: float | None = None,
@@ -170,15 +169,15 @@ def compress(
 ) -> Summary:
     """Compress photos from any store into a Parquet archive in any store, by a Ray job.
 
-    sources: files, folders, globs or fsspec URLs (see `plan.list_sources`); destination: a folder
-    or URL. quality (0 to 100, 50 when nothing is said), target_bpp and target_psnr exclude each
-    other; min_psnr has a default that follows from them (`Settings.of`). workers, gpus_per_worker:
-    see `plan_pool`. verify: which bitstreams are decoded again before they are written. address: of
-    a Ray cluster; without it the environment's RAY_ADDRESS counts, then a Ray of this process, and
-    else one is started here and ended with the job. weights: other than the shipped ones. An
-    object of more than max_object_bytes gets an error row without its bytes. effort: gradient steps
-    that refine each photo's latents (`Codec.compress`), a hundred times slower. progress: called as
-    shards end.
+    sources: files, folders, globs or fsspec URLs, and tars, zips, Parquet files and lists (see
+    `listing.list_sources`); destination: a folder or URL. quality (0 to 100, 50 when nothing is
+    said), target_bpp and target_psnr exclude each other; min_psnr has a default that follows from
+    them (`Settings.of`). workers, gpus_per_worker: see `plan_pool`. verify: which bitstreams are
+    decoded again before they are written. address: of a Ray cluster; without it the environment's
+    RAY_ADDRESS counts, then a Ray of this process, and else one is started here and ended with the
+    job. weights: other than the shipped ones. An object of more than max_object_bytes gets an error
+    row without its bytes. effort: gradient steps that refine each photo's latents
+    (`Codec.compress`), a hundred times slower. progress: called as shards end.
 
     Every object of the sources gets one row, whatever it is. Run again with the same arguments,
     the job goes on where it was, or finds that all is done; new objects make new parts. An object
@@ -201,32 +200,21 @@ def compress(
         max_pixels=max_pixels,
         effort=effort,
     )
-    if shard_images < 1 or shard_bytes < 1 or max_object_bytes < 1:
-        raise VaestreamError("shard images, shard bytes and object bytes must be at least 1")
-    listed = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
-    texts = [os.fspath(source) for source in listed]
-    target = os.fspath(destination)
-    fs, path = store_of(target, storage_options)
-    root = path.rstrip("/")
-    codec = Codec.load(
-        weights,
-        device="cpu",
-        storage_options=None if weights is None else options_for(str(weights), storage_options),
-    )
-    place = Destination.open(
-        fs, root, settings=settings.to_json(), model_id=codec.model_id, overwrite=overwrite
-    )
-    listing = list_sources(
-        texts,
-        destination=target,
+    if max_object_bytes < 1:
+        raise VaestreamError("object bytes must be at least 1")
+    prepared = prepare(
+        sources,
+        destination,
+        settings=settings,
+        shard_images=shard_images,
+        shard_bytes=shard_bytes,
         include=include,
         exclude=exclude,
         storage_options=storage_options,
+        overwrite=overwrite,
+        weights=weights,
     )
-    work = place.work(
-        listing,
-        Cutter(place.settings, place.model_id, images=shard_images, max_bytes=shard_bytes),
-    )
+    codec, place, work = prepared.codec, prepared.place, prepared.work
     new: list[PartInfo] = []
     up_to_date = False
     with _Waves(work) as waves:
@@ -245,8 +233,8 @@ def compress(
                     )
                     spec = WorkerSpec(
                         stores=(),
-                        fs=fs,
-                        root=root,
+                        fs=place.fs,
+                        root=place.root,
                         model_id=codec.model_id,
                         settings=settings,
                         verify=verify,
@@ -255,7 +243,7 @@ def compress(
                         max_object_bytes=max_object_bytes,
                         run_id=uuid.uuid4().hex,
                     )
-                    for part in _run(waves, listing, spec, pool):
+                    for part in _run(waves, prepared.listing, spec, pool):
                         new.append(part)
                         if progress is not None:
                             progress(waves.progress(new, time.monotonic() - begin))
@@ -266,12 +254,12 @@ def compress(
     return _summary(
         place.manifest,
         [part for part in new if part.part_id not in waves.rewritten],
-        left_out=listing.left_out,
+        left_out=prepared.listing.left_out,
         counts=work.counts,
         model_bytes=len(codec.weights),
         seconds=time.monotonic() - begin,
         up_to_date=up_to_date,
-        errors=_errors(target, storage_options) if place.manifest.totals.errors else [],
+        errors=_errors(prepared.url, storage_options) if place.manifest.totals.errors else [],
     )
 
 

@@ -119,9 +119,7 @@ class S3Server:
                 "storage-policy:0": {"name": "only", "default": "yes"},
             },
         )
-        rings = [
-            f"{self._folder / name}.ring.gz:{self._ports[name]}" for name in _SERVERS[:3]
-        ]
+        rings = [f"{self._folder / name}.ring.gz:{self._ports[name]}" for name in _SERVERS[:3]]
         python = str(self._programs / "python")
         subprocess.run([python, "-c", _RINGS, *rings], check=True, stderr=subprocess.DEVNULL)
         for name, port in self._ports.items():

@@ -11,9 +11,9 @@ from fsspec.implementations.local import LocalFileSystem
 from photos import fill, pixels, png
 
 from vaestream import Codec, images
+from vaestream.archive import retries
 from vaestream.archive.schema import Row
 from vaestream.errors import SourceError, VaestreamError
-from vaestream.pipeline import fetch
 from vaestream.pipeline.attempts import (
     GIVE_UP_AFTER,
     JOB_FOLDER,
@@ -21,7 +21,7 @@ from vaestream.pipeline.attempts import (
     end_attempts,
 )
 from vaestream.pipeline.compressor import Compressor, Settings, kept
-from vaestream.pipeline.fetch import fetch_all
+from vaestream.pipeline.fetch import Fetched, Witnesses, fetch_all
 from vaestream.pipeline.isolate import IsolatedCompressor
 from vaestream.pipeline.plan import SourceObject, Version, list_sources
 
@@ -97,25 +97,36 @@ def test_the_default_floor_follows_what_was_asked_for() -> None:
 
 
 class Flaky(LocalFileSystem):  # type: ignore[misc]
-    """Fails the first `failures` reads of each path with an error that may pass."""
+    """Fails the first `failures` reads of each path in `names`, by default of all."""
 
     cachable = False
 
-    def __init__(self, failures: int) -> None:
+    def __init__(
+        self, failures: int, *names: str, error: Exception | None = None, cut: int | None = None
+    ) -> None:
         super().__init__()
-        self.failures, self.tries = failures, dict[str, int]()
+        self.failures, self.names, self.tries = failures, names, dict[str, int]()
+        self.error, self.cut = error or TimeoutError("no answer"), cut
 
-    def cat_file(self, path: str, **options: Any) -> bytes:
+    def cat_file(self, path: str, *args: Any, **options: Any) -> bytes:
+        data: bytes = super().cat_file(path, *args, **options)
+        if self.names and not path.endswith(self.names):
+            return data
         self.tries[path] = self.tries.get(path, 0) + 1
-        if self.tries[path] <= self.failures:
-            raise TimeoutError("no answer")
-        data: bytes = super().cat_file(path, **options)
-        return data
+        if self.tries[path] > self.failures:
+            return data
+        if self.cut is not None:
+            return data[: self.cut * self.tries[path]]
+        raise self.error
 
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "_PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(retries, "_FIRST_PAUSE", 0.0)
+
+
+def fetch(objects: list[SourceObject], fs: LocalFileSystem, **options: Any) -> list[Fetched]:
+    return list(fetch_all(objects, [fs], max_object_bytes=1 << 30, **options))
 
 
 def test_objects_come_in_order_whatever_memory_is_allowed(tmp_path: Path) -> None:
@@ -124,9 +135,7 @@ def test_objects_come_in_order_whatever_memory_is_allowed(tmp_path: Path) -> Non
     listing = list_sources([str(source)])
     (source / "11.png").unlink()
     for ahead in (1, 20_000, 1 << 30):
-        got = list(
-            fetch_all(listing.objects, listing.stores, max_object_bytes=1 << 30, ahead_bytes=ahead)
-        )
+        got = fetch(listing.objects, listing.stores[0], ahead_bytes=ahead)
         assert [one.item for one in got] == listing.objects
         assert [one.item.key for one in got if one.data is None] == ["11.png"]
         assert all(
@@ -136,18 +145,36 @@ def test_objects_come_in_order_whatever_memory_is_allowed(tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("hurried")
 def test_errors_that_pass_are_tried_again_and_others_told(tmp_path: Path) -> None:
-    listing = list_sources([str(fill(tmp_path, ["a.png", "b.png"]))])
-    patient = fetch_all(listing.objects, [Flaky(3)], max_object_bytes=1 << 30)
+    objects = list_sources([str(fill(tmp_path, ["a.png", "b.png", "c.png"]))]).objects
+    patient = fetch(objects, Flaky(5))
     assert all(one.error is None for one in patient)
-    refused = list(fetch_all(listing.objects, [Flaky(4)], max_object_bytes=1 << 30))
-    assert [one.error for one in refused] == ["cannot be read: TimeoutError: no answer"] * 2
+    for name in ("a.png", "b.png", "c.png"):
+        refused = fetch(objects, Flaky(99, name))
+        told = {one.item.key: one.error for one in refused if one.error is not None}
+        assert told == {name: "cannot be read: TimeoutError: no answer"}
+    closed = Flaky(99, "b.png", error=PermissionError("closed"))
+    assert [one.error is None for one in fetch(objects, closed)] == [True, False, True]
+    assert list(closed.tries.values()) == [1]
+
+
+def test_what_arrives_cut_short_is_asked_for_again(tmp_path: Path) -> None:
+    objects = list_sources([str(fill(tmp_path, ["a.png", "b.png"]))]).objects
+    got = fetch(objects, Flaky(2, "a.png", cut=100))
+    assert [one.data for one in got] == [png(0), png(1)]
 
 
 @pytest.mark.usefixtures("hurried")
-def test_a_store_that_is_down_is_no_error_of_its_photos(tmp_path: Path) -> None:
-    listing = list_sources([str(fill(tmp_path, [f"{i}.png" for i in range(9)]))])
-    with pytest.raises(SourceError, match="no answer"):
-        list(fetch_all(listing.objects, [Flaky(99)], max_object_bytes=1 << 30))
+@pytest.mark.parametrize("error", [TimeoutError("no answer"), PermissionError("no answer")])
+def test_a_store_that_is_down_is_no_error_of_its_photos(tmp_path: Path, error: Exception) -> None:
+    objects = list_sources([str(fill(tmp_path, [f"{i}.png" for i in range(9)]))]).objects
+    with pytest.raises(SourceError, match=r"0\.png: cannot be read: .*no answer; nor can the next"):
+        fetch(objects, Flaky(99, error=error))
+    # What could be read in an earlier shard no longer can.
+    for gone in (error, FileNotFoundError("gone")):
+        witnesses: Witnesses = {}
+        fetch(objects[:2], LocalFileSystem(), witnesses=witnesses)
+        with pytest.raises(SourceError, match=r"2\.png: .*; nor can .*1\.png any longer"):
+            fetch(objects[2:3], Flaky(99, error=gone), witnesses=witnesses)
 
 
 def test_an_object_over_the_cap_is_told_by_its_size(tmp_path: Path) -> None:

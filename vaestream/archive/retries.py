@@ -27,6 +27,9 @@ T = TypeVar("T")
 LISTING_SECONDS = 1800.0
 """How long a call may take that lists objects, however many."""
 
+UNKNOWN_BYTES = 128 << 20
+"""What a call is taken to move (see `retrying`) where nobody knows."""
+
 _TRIES = 6
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 20.0
 _PATIENCE = 300.0
@@ -134,7 +137,7 @@ def within(seconds: float, call: Callable[[], T]) -> T:
         return future.result(seconds)
     except TimeoutError:
         if future.done():
-            raise
+            return future.result()
     raise TimeoutError(f"no answer within {seconds:.0f} s")
 
 
@@ -184,9 +187,9 @@ def _answer(error: BaseException) -> tuple[str | None, int | None]:
         status = (response.get("ResponseMetadata") or {}).get("HTTPStatusCode")
         return (None if code is None else str(code)), _status(status)
     code = getattr(error, "error_code", None)
-    found = [getattr(error, name, None) for name in ("status", "status_code", "code")]
-    found.append(getattr(response, "status_code", None))
-    told = next((status for one in found if (status := _status(one)) is not None), None)
+    places = ((error, "status"), (error, "status_code"), (response, "status_code"), (error, "code"))
+    found = (_status(getattr(place, name, None)) for place, name in places)
+    told = next((status for status in found if status is not None), None)
     return (code if isinstance(code, str) else None), told
 
 

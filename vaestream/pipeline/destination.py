@@ -7,7 +7,6 @@ continued with the same, and the attempts at its shards.
 import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +21,17 @@ from vaestream.archive.manifest import (
     read_manifest,
     write_manifest,
 )
-from vaestream.archive.storage import RangeFile, join, list_names, put_bytes, read_bytes
+from vaestream.archive.storage import (
+    RangeFile,
+    exists,
+    join,
+    list_names,
+    put_bytes,
+    read_bytes,
+    remove,
+    remove_folder,
+    shown,
+)
 from vaestream.archive.writer import find_part, model_path, write_model
 from vaestream.errors import ArchiveError, DamagedArchiveError, SettingsMismatchError, SourceError
 from vaestream.pipeline.attempts import JOB_FOLDER
@@ -90,11 +99,11 @@ class Destination:
             found = {"settings": manifest.settings, "model_id": manifest.model_id}
         if not overwrite:
             if found is not None and found != wanted:
-                raise SettingsMismatchError(f"{root}: {_differences(found, wanted)}")
+                raise SettingsMismatchError(f"{shown(fs, root)}: {_differences(found, wanted)}")
             if found is None and any(_part_id(name) for name in names):
                 raise SettingsMismatchError(
-                    f"{root}: holds parts of an archive, but neither {MANIFEST} nor the record of "
-                    "a job; choose another destination, or overwrite"
+                    f"{shown(fs, root)}: holds parts of an archive, but neither {MANIFEST} "
+                    "nor the record of a job; choose another destination, or overwrite"
                 )
         return cls(fs, root, settings, model_id, manifest, replace, names)
 
@@ -136,7 +145,7 @@ class Destination:
         return (
             self.manifest is not None
             and INDEX in self._names
-            and self.fs.exists(model_path(self.root, self.model_id))
+            and exists(self.fs, model_path(self.root, self.model_id))
             and {part.name for part in parts} == {part.name for part in self.manifest.parts}
             and self.manifest.settings == self.settings
             and self.manifest.model_id == self.model_id
@@ -169,15 +178,10 @@ class Destination:
         replaced = {part.name for part in old} | (set(self._names) if self.replace else set())
         for name in replaced:
             if _part_id(name) and name not in stays:
-                with suppress(FileNotFoundError):
-                    self.fs.rm_file(join(self.root, name))
+                remove(self.fs, join(self.root, name))
         if self.manifest and self.manifest.model_id not in (None, self.model_id):
-            with suppress(FileNotFoundError):
-                self.fs.rm_file(model_path(self.root, str(self.manifest.model_id)))
-        # Workers have written there, which this process's cached listings don't show.
-        self.fs.invalidate_cache()
-        with suppress(FileNotFoundError):
-            self.fs.rm(join(self.root, JOB_FOLDER), recursive=True)
+            remove(self.fs, model_path(self.root, str(self.manifest.model_id)))
+        remove_folder(self.fs, join(self.root, JOB_FOLDER))
         self.manifest = manifest
         return manifest
 
@@ -215,8 +219,8 @@ class Destination:
                 changed.append(item)
         if changed:
             raise SourceError(
-                f"{len(changed)} objects are in the archive {self.root} already, but with another "
-                f"size, time or ETag, the first of them {changed[0].url} (as "
+                f"{len(changed)} objects are in the archive {shown(self.fs, self.root)} already, "
+                f"but with another size, time or ETag, the first of them {changed[0].url} (as "
                 f"{changed[0].key!r}): an archive keeps what it has; choose another destination, "
                 "leave them out with exclude, or overwrite the archive"
             )

@@ -19,6 +19,7 @@ from typing import Any
 
 from fsspec import AbstractFileSystem
 
+from vaestream.archive.retries import LISTING_SECONDS, may_pass, retrying
 from vaestream.errors import SourceError
 from vaestream.pipeline.stores import protocol_of, store_of
 
@@ -204,15 +205,29 @@ def _entries(
     with _listing(shown):
         if protocol_of(text) in ("http", "https"):
             # A page with links passes for a folder: only the object itself is asked for.
-            info = fs.info(path)
+            info = _info(fs, path)
             name = path.split("?")[0].split("#")[0].rstrip("/")
             return _last(_parent(name)), iter([(_last(name), path, info)])
-        if _MAGIC.search(path) and not fs.exists(path):
+        if _MAGIC.search(path) and not _exists(fs, path):
             return _glob(fs, path, shown)
-        info = fs.info(path)
+        info = _info(fs, path)
         if info["type"] == "directory":
             return _last(path), _walk(fs, path, path)
         return _last(_parent(path)), _regular(path, [(path, info)], _parent(path))
+
+
+def _info(fs: AbstractFileSystem, path: str) -> dict[str, Any]:
+    return retrying(fs, lambda: dict(fs.info(path)))
+
+
+def _exists(fs: AbstractFileSystem, path: str) -> bool:
+    try:
+        _info(fs, path)
+    except Exception as error:  # some stores take no such name; glob tells what is wrong, if it is
+        if may_pass(error):
+            raise
+        return False
+    return True
 
 
 @contextmanager
@@ -232,7 +247,9 @@ def _listing(shown: str) -> Iterator[None]:
 def _glob(
     fs: AbstractFileSystem, pattern: str, shown: str
 ) -> tuple[str, Iterator[tuple[str, str, dict[str, Any]]]]:
-    matches: dict[str, dict[str, Any]] = fs.glob(pattern, detail=True)
+    matches: dict[str, dict[str, Any]] = retrying(
+        fs, lambda: dict(fs.glob(pattern, detail=True)), seconds=LISTING_SECONDS
+    )
     if not matches:
         raise SourceError(f"{shown}: no file or folder matches")
     start = _MAGIC.search(pattern)
@@ -255,7 +272,9 @@ def _walk(
     # Without on_error a local folder that may not be read is passed over in silence.
     options = {"on_error": "raise"} if "file" in _protocols(fs) else {}
     with _listing(escape(path)):
-        found: dict[str, dict[str, Any]] = fs.find(path, detail=True, **options)
+        found: dict[str, dict[str, Any]] = retrying(
+            fs, lambda: dict(fs.find(path, detail=True, **options)), seconds=LISTING_SECONDS
+        )
     yield from _regular(path, found.items(), base)
 
 

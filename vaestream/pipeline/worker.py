@@ -18,7 +18,7 @@ from vaestream.archive.writer import find_part, write_part
 from vaestream.errors import DamagedArchiveError, VaestreamError
 from vaestream.pipeline.attempts import ISOLATE_AFTER, begin_attempt, end_attempts
 from vaestream.pipeline.compressor import Compressor, Settings, Verify, failed
-from vaestream.pipeline.fetch import Fetched, fetch_all
+from vaestream.pipeline.fetch import Fetched, Witnesses, fetch_all
 from vaestream.pipeline.isolate import IsolatedCompressor, MakesRows
 from vaestream.pipeline.plan import Shard
 
@@ -60,6 +60,7 @@ class ShardWorker:
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
         self._compressor: Compressor | None = None
+        self._witnesses: Witnesses = {}
 
     def __call__(self, batch: dict[str, "np.ndarray[Any, Any]"]) -> dict[str, list[str]]:
         """Do the shards of a batch, one after the other."""
@@ -97,7 +98,12 @@ class ShardWorker:
 
     def _write(self, shard: Shard, compressor: MakesRows) -> PartInfo:
         spec = self._spec
-        fetched = fetch_all(shard.objects, spec.stores, max_object_bytes=spec.max_object_bytes)
+        fetched = fetch_all(
+            shard.objects,
+            spec.stores,
+            max_object_bytes=spec.max_object_bytes,
+            witnesses=self._witnesses,
+        )
         return write_part(spec.fs, spec.root, shard.part_id, _rows(fetched, compressor))
 
 

@@ -141,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault in _ANSWERS:
             status, code = _ANSWERS[fault]
-            told = f"<Error><Code>{code}</Code><Message>told to</Message></Error>".encode()
+            told = f"<Error><Code>{code}</Code><Message>says {code}</Message></Error>".encode()
             self._answer(status, [("Content-Type", "application/xml")], told)
             return
         status, headers, data = proxy.forward(self, body)

@@ -9,11 +9,13 @@ READY := $(VENV)/.ready
 
 setup: $(READY)
 
-# Keyed on pyproject.toml: a second run finds the stamp and needs no network.
+# Keyed on pyproject.toml: a second run finds the stamp and needs no network. The S3 server that
+# tests start gets an environment of its own; where it cannot be made, those tests are skipped.
 $(READY): pyproject.toml
 	python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	-$(BIN)/python tests/s3_server.py
 	@touch $@
 
 demo: $(READY)
@@ -28,4 +30,4 @@ test: lint
 	$(BIN)/python -m pytest
 
 clean:
-	rm -rf $(VENV) demo-out build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-swift demo-out build dist .mypy_cache .ruff_cache .pytest_cache

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from s3_server import S3Server
+
     from vaestream import Codec
 
 # Before torch or Ray are imported, and for every process that tests start.
@@ -96,3 +98,16 @@ def codec() -> "Codec":
         scale_context_width=8,
     )
     return Codec(export_weights(Hyperprior(config)), torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[S3Server]":
+    """A real S3 server; tests that want one are skipped where it cannot be installed."""
+    from s3_server import S3Server, UnavailableError
+
+    try:
+        server = S3Server(tmp_path_factory.mktemp("s3"))
+    except UnavailableError as error:
+        pytest.skip(f"no S3 server: {error}")
+    with server:
+        yield server

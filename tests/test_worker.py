@@ -11,6 +11,7 @@ from fsspec.implementations.local import LocalFileSystem
 from photos import fill, pixels, png
 
 from vaestream import Codec, images
+from vaestream.archive import retries
 from vaestream.archive.schema import Row
 from vaestream.errors import SourceError, VaestreamError
 from vaestream.pipeline.attempts import (
@@ -20,7 +21,7 @@ from vaestream.pipeline.attempts import (
     end_attempts,
 )
 from vaestream.pipeline.compressor import Compressor, Settings, kept
-from vaestream.pipeline.fetch import Fetched, fetch_all
+from vaestream.pipeline.fetch import Fetched, Witnesses, fetch_all
 from vaestream.pipeline.isolate import IsolatedCompressor
 from vaestream.pipeline.listing import list_sources
 from vaestream.pipeline.members import MemberReader
@@ -98,31 +99,37 @@ def test_the_default_floor_follows_what_was_asked_for() -> None:
 
 
 class Flaky(LocalFileSystem):  # type: ignore[misc]
-    """Fails the first `failures` reads of each path with an error that may pass."""
+    """Fails the first `failures` reads of each path in `names`, by default of all."""
 
     cachable = False
 
-    def __init__(self, failures: int) -> None:
+    def __init__(
+        self, failures: int, *names: str, error: Exception | None = None, cut: int | None = None
+    ) -> None:
         super().__init__()
-        self.failures, self.tries = failures, dict[str, int]()
+        self.failures, self.names, self.tries = failures, names, dict[str, int]()
+        self.error, self.cut = error or TimeoutError("no answer"), cut
 
-    def cat_file(self, path: str, **options: Any) -> bytes:
+    def cat_file(self, path: str, *args: Any, **options: Any) -> bytes:
+        data: bytes = super().cat_file(path, *args, **options)
+        if self.names and not path.endswith(self.names):
+            return data
         self.tries[path] = self.tries.get(path, 0) + 1
-        if self.tries[path] <= self.failures:
-            raise TimeoutError("no answer")
-        data: bytes = super().cat_file(path, **options)
-        return data
-
-
-def fetch(objects: list[SourceObject], stores: list[Any], **options: int) -> Iterator[Fetched]:
-    return fetch_all(
-        objects, stores, members=MemberReader(), **{"max_object_bytes": 1 << 30, **options}
-    )
+        if self.tries[path] > self.failures:
+            return data
+        if self.cut is not None:
+            return data[: self.cut * self.tries[path]]
+        raise self.error
 
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vaestream.pipeline.fetch._PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(retries, "_FIRST_PAUSE", 0.0)
+
+
+def fetch(objects: list[SourceObject], fs: LocalFileSystem, **options: Any) -> list[Fetched]:
+    limits = {"max_object_bytes": 1 << 30, **options}
+    return list(fetch_all(objects, [fs], members=MemberReader(), **limits))
 
 
 def test_objects_come_in_order_whatever_memory_is_allowed(tmp_path: Path) -> None:
@@ -131,7 +138,7 @@ def test_objects_come_in_order_whatever_memory_is_allowed(tmp_path: Path) -> Non
     objects = list(listing := list_sources([str(source)]))
     (source / "11.png").unlink()
     for ahead in (1, 20_000, 1 << 30):
-        got = list(fetch(objects, listing.stores, ahead_bytes=ahead))
+        got = fetch(objects, listing.stores[0], ahead_bytes=ahead)
         assert [one.item for one in got] == objects
         assert [one.item.key for one in got if one.data is None] == ["11.png"]
         assert all(
@@ -141,23 +148,42 @@ def test_objects_come_in_order_whatever_memory_is_allowed(tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("hurried")
 def test_errors_that_pass_are_tried_again_and_others_told(tmp_path: Path) -> None:
+    objects = list(list_sources([str(fill(tmp_path, ["a.png", "b.png", "c.png"]))]))
+    patient = fetch(objects, Flaky(5))
+    assert all(one.error is None for one in patient)
+    for name in ("a.png", "b.png", "c.png"):
+        refused = fetch(objects, Flaky(99, name))
+        told = {one.item.key: one.error for one in refused if one.error is not None}
+        assert told == {name: "cannot be read: TimeoutError: no answer"}
+    closed = Flaky(99, "b.png", error=PermissionError("closed"))
+    assert [one.error is None for one in fetch(objects, closed)] == [True, False, True]
+    assert list(closed.tries.values()) == [1]
+
+
+def test_what_arrives_cut_short_is_asked_for_again(tmp_path: Path) -> None:
     objects = list(list_sources([str(fill(tmp_path, ["a.png", "b.png"]))]))
-    assert all(one.error is None for one in fetch(objects, [Flaky(3)]))
-    refused = list(fetch(objects, [Flaky(4)]))
-    assert [one.error for one in refused] == ["cannot be read: TimeoutError: no answer"] * 2
+    got = fetch(objects, Flaky(2, "a.png", cut=100))
+    assert [one.data for one in got] == [png(0), png(1)]
 
 
 @pytest.mark.usefixtures("hurried")
-def test_a_store_that_is_down_is_no_error_of_its_photos(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [TimeoutError("no answer"), PermissionError("no answer")])
+def test_a_store_that_is_down_is_no_error_of_its_photos(tmp_path: Path, error: Exception) -> None:
     objects = list(list_sources([str(fill(tmp_path, [f"{i}.png" for i in range(9)]))]))
-    with pytest.raises(SourceError, match="no answer"):
-        list(fetch(objects, [Flaky(99)]))
+    with pytest.raises(SourceError, match=r"0\.png: cannot be read: .*no answer; nor can the next"):
+        fetch(objects, Flaky(99, error=error))
+    # What could be read in an earlier shard no longer can.
+    for gone in (error, FileNotFoundError("gone")):
+        witnesses: Witnesses = {}
+        fetch(objects[:2], LocalFileSystem(), witnesses=witnesses)
+        with pytest.raises(SourceError, match=r"2\.png: .*; nor can .*1\.png any longer"):
+            fetch(objects[2:3], Flaky(99, error=gone), witnesses=witnesses)
 
 
 def test_an_object_over_the_cap_is_told_by_its_size(tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(bytes(1001))
     objects = list(listing := list_sources([str(tmp_path)]))
-    (got,) = fetch(objects, listing.stores, max_object_bytes=1000)
+    (got,) = fetch(objects, listing.stores[0], max_object_bytes=1000)
     assert got.data is None and "1001 bytes" in (got.error or "")
 
 

@@ -21,7 +21,7 @@ from vaestream.archive.layout import (
     plain_offsets,
     read_footer,
 )
-from vaestream.archive.storage import RangeFile, file_size, join, put_bytes, store_errors
+from vaestream.archive.storage import RangeFile, file_size, join, put_bytes, read_bytes
 from vaestream.errors import ArchiveError, DamagedArchiveError
 
 INDEX = "index.parquet"
@@ -79,8 +79,7 @@ def load_index(fs: fsspec.AbstractFileSystem, root: str, sha256: str) -> pa.Tabl
     """
     path = join(root, INDEX)
     try:
-        with store_errors(path):
-            data = fs.cat_file(path)
+        data = read_bytes(fs, path)
     except FileNotFoundError as error:
         raise DamagedArchiveError(f"{path}: index: is missing") from error
     if hashlib.sha256(data).hexdigest() != sha256:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vaestream.archive.storage import store_errors
+from vaestream.archive.storage import read_bytes
 from vaestream.errors import DamagedArchiveError
 
 MAGIC = b"PAR1"
@@ -85,12 +85,11 @@ def parse_footer(tail: bytes, size: int, name: str) -> Footer | int:
 
 def read_footer(fs: fsspec.AbstractFileSystem, path: str, size: int, name: str) -> Footer:
     """Read a file's footer: one ranged read, two where it is longer than 64 KiB."""
-    with store_errors(path):
-        tail = fs.cat_file(path, start=max(0, size - _TAIL_BYTES), end=size)
+    tail = read_bytes(fs, path, max(0, size - _TAIL_BYTES), size)
+    footer = parse_footer(tail, size, name)
+    if isinstance(footer, int):
+        tail = read_bytes(fs, path, size - footer, size)
         footer = parse_footer(tail, size, name)
-        if isinstance(footer, int):
-            tail = fs.cat_file(path, start=size - footer, end=size)
-            footer = parse_footer(tail, size, name)
     if isinstance(footer, int):
         raise DamagedArchiveError(f"{name}: footer: changed while it was read")
     return footer

@@ -20,6 +20,7 @@ from vaestream.archive.storage import (
     put_bytes,
     read_bytes,
     remove_temporaries,
+    shown,
 )
 from vaestream.errors import ArchiveError, DamagedArchiveError
 
@@ -220,7 +221,7 @@ def _no_archive(fs: fsspec.AbstractFileSystem, root: str) -> str:
     parts = [name for name in names if name.endswith(".parquet") and not is_temporary(name)]
     if parts:
         return (
-            f"{root}: no finished archive: {len(parts)} Parquet files and no {MANIFEST}; the job "
-            "that wrote them did not end, run it again to finish"
+            f"{shown(fs, root)}: no finished archive: {len(parts)} Parquet files and no "
+            f"{MANIFEST}; the job that wrote them did not end, run it again to finish"
         )
-    return f"{root}: no archive there ({MANIFEST} not found)"
+    return f"{shown(fs, root)}: no archive there ({MANIFEST} not found)"

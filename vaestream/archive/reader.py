@@ -31,6 +31,7 @@ from vaestream.archive.storage import (
     join,
     open_store,
     read_bytes,
+    read_ranges,
     store_errors,
 )
 from vaestream.archive.writer import model_path
@@ -329,8 +330,8 @@ class Archive:
                 max_gap=gap,
                 max_block=_BLOCK_BYTES,
             )
-            with store_errors(self._root):
-                answers = self._fs.cat_ranges(paths, starts, ends, on_error="return")
+            with store_errors(self._fs, self._root):
+                answers = read_ranges(self._fs, paths, starts, ends)
             for path, start, answer in zip(paths, starts, answers, strict=True):
                 if isinstance(answer, FileNotFoundError):
                     raise DamagedArchiveError(f"{path}: the part is missing") from answer

@@ -2,7 +2,7 @@
 
 Local files are written beside their place under a temporary name, flushed to the disk and moved.
 Object stores show an object only when all of it has arrived. On any other store the temporary
-name is uploaded and moved there.
+name is uploaded and moved there. Calls to the store are made as `retries` has it.
 """
 
 import io
@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -18,6 +18,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import merge_offset_ranges
 
+from vaestream.archive.retries import LISTING_SECONDS, UNKNOWN_BYTES, may_pass, retrying
 from vaestream.errors import ArchiveError, VaestreamError
 
 _ATOMIC_PROTOCOLS = frozenset(
@@ -82,10 +83,15 @@ def is_temporary(name: str) -> bool:
 
 def list_names(fs: fsspec.AbstractFileSystem, root: str) -> list[str]:
     """Sorted names in a folder, temporary ones too; [] where there is no folder."""
+
+    def ls() -> list[str]:
+        fs.invalidate_cache(root)
+        paths: list[str] = fs.ls(root, detail=False)
+        return paths
+
     try:
-        with store_errors(root):
-            fs.invalidate_cache(root)
-            paths = fs.ls(root, detail=False)
+        with store_errors(fs, root):
+            paths = retrying(fs, ls, seconds=LISTING_SECONDS)
     except FileNotFoundError:
         return []
     return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
@@ -93,21 +99,68 @@ def list_names(fs: fsspec.AbstractFileSystem, root: str) -> list[str]:
 
 def file_size(fs: fsspec.AbstractFileSystem, path: str) -> int:
     """Size in bytes as the store has it now. Raises FileNotFoundError."""
-    with store_errors(path):
+
+    def size() -> int:
         fs.invalidate_cache(path)
         return int(fs.info(path)["size"])
 
+    with store_errors(fs, path):
+        return retrying(fs, size)
 
-def read_bytes(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
-    """The whole file. Raises FileNotFoundError."""
-    with store_errors(path):
-        data: bytes = fs.cat_file(path)
-    return data
+
+def exists(fs: fsspec.AbstractFileSystem, path: str) -> bool:
+    """Whether the file is there now."""
+    try:
+        file_size(fs, path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def read_bytes(
+    fs: fsspec.AbstractFileSystem, path: str, start: int | None = None, end: int | None = None
+) -> bytes:
+    """The file's bytes from `start` to `end`, by default all. Raises FileNotFoundError."""
+    known = start is not None and end is not None and end >= start >= 0
+    with store_errors(fs, path):
+        return retrying(
+            fs,
+            lambda: bytes(fs.cat_file(path, start=start, end=end)),
+            num_bytes=end - start if known else UNKNOWN_BYTES,  # type: ignore[operator]
+        )
+
+
+def read_ranges(
+    fs: fsspec.AbstractFileSystem, paths: Sequence[str], starts: Sequence[int], ends: Sequence[int]
+) -> list[bytes | Exception]:
+    """The bytes of many ranges, read at once; an exception in place of each that cannot be read.
+
+    Raises what the store raises where it is none of a single range.
+    """
+    places = list(zip(paths, starts, ends, strict=True))
+    found: list[bytes | Exception] = retrying(
+        fs,
+        lambda: list(fs.cat_ranges(list(paths), list(starts), list(ends), on_error="return")),
+        num_bytes=sum(end - start for _, start, end in places),
+    )
+    for at, (path, start, end) in enumerate(places):
+        answer = found[at]
+        if isinstance(answer, Exception) and may_pass(answer):
+            try:
+                found[at] = read_bytes(fs, path, start, end)
+            except (FileNotFoundError, ArchiveError) as error:
+                found[at] = error
+    return found
+
+
+def shown(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    """The path as people know it: with its protocol, but for local files."""
+    return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
 
 
 @contextmanager
-def store_errors(path: str) -> Iterator[None]:
-    """Raise whatever a store raises in the block as ArchiveError that names `path`.
+def store_errors(fs: fsspec.AbstractFileSystem, path: str, done: str = "read") -> Iterator[None]:
+    """Raise whatever a store raises in the block as ArchiveError: `path` cannot be `done`.
 
     FileNotFoundError and vaestream's own errors pass. Stores have errors of their own, many of
     them no OSError, so nothing but calls to the store belongs in the block.
@@ -117,7 +170,8 @@ def store_errors(path: str) -> Iterator[None]:
     except (FileNotFoundError, VaestreamError):
         raise
     except Exception as error:
-        raise ArchiveError(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
+        told = f"{shown(fs, path)}: cannot be {done}: {type(error).__name__}: {error}"
+        raise ArchiveError(told) from error
 
 
 class RangeFile(io.RawIOBase):
@@ -147,8 +201,8 @@ class RangeFile(io.RawIOBase):
         paths, starts, ends = merge_offset_ranges(
             [self._path] * len(spans), *map(list, zip(*spans, strict=True)), max_gap=_GAP_BYTES
         )
-        with store_errors(self._path):
-            found = self._fs.cat_ranges(paths, starts, ends, on_error="return")
+        with store_errors(self._fs, self._path):
+            found = read_ranges(self._fs, paths, starts, ends)
         self._blocks = [
             (start, data)
             for start, data in zip(starts, found, strict=True)
@@ -178,8 +232,7 @@ class RangeFile(io.RawIOBase):
                 buffer[: end - self._at] = block[self._at - start : end - start]
                 length, self._at = end - self._at, end
                 return length
-        with store_errors(self._path):
-            data: bytes = self._fs.cat_file(self._path, start=self._at, end=end)
+        data = read_bytes(self._fs, self._path, self._at, end)
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
@@ -209,7 +262,7 @@ def staged(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[str]:
         else:
             _upload(fs, temporary, path)
     except OSError as error:
-        raise ArchiveError(f"{path}: cannot be written: {error}") from error
+        raise ArchiveError(f"{shown(fs, path)}: cannot be written: {error}") from error
     finally:
         if temporary is not None:
             with suppress(FileNotFoundError):
@@ -226,8 +279,25 @@ def remove_temporaries(fs: fsspec.AbstractFileSystem, root: str) -> None:
     """Remove what killed writers left in a folder; call it when no writer is at work there."""
     for name in list_names(fs, root):
         if is_temporary(name):
-            with suppress(FileNotFoundError):
-                fs.rm_file(join(root, name))
+            remove(fs, join(root, name))
+
+
+def remove(fs: fsspec.AbstractFileSystem, path: str) -> None:
+    """Remove a file, if it is there. Raises ArchiveError, naming the path."""
+    with suppress(FileNotFoundError), store_errors(fs, path, "removed"):
+        retrying(fs, lambda: fs.rm_file(path))
+
+
+def remove_folder(fs: fsspec.AbstractFileSystem, path: str) -> None:
+    """Remove a folder and all in it, if it is there. Raises ArchiveError, naming the path."""
+
+    def rm() -> None:
+        # Others have written there, which this process's cached listings don't show.
+        fs.invalidate_cache()
+        fs.rm(path, recursive=True)
+
+    with suppress(FileNotFoundError), store_errors(fs, path, "removed"):
+        retrying(fs, rm, seconds=LISTING_SECONDS)
 
 
 def _publish(temporary: str, path: str) -> None:
@@ -250,18 +320,37 @@ def _upload(fs: fsspec.AbstractFileSystem, temporary: str, path: str) -> None:
     parent, name = path.rsplit("/", 1)
     atomic = bool(protocols & _ATOMIC_PROTOCOLS)
     target = path if atomic else join(parent, _temporary_name(name))
-    try:
+    wanted = os.path.getsize(temporary)
+
+    def put() -> None:
         if not atomic:
             fs.makedirs(parent, exist_ok=True)
         fs.put_file(temporary, target)
-        size = file_size(fs, target)
-        if size != os.path.getsize(temporary):
-            raise OSError(f"the store holds {size} of {os.path.getsize(temporary)} bytes")
-        if not atomic:
+        fs.invalidate_cache(target)
+        size = int(fs.info(target)["size"])
+        if size != wanted:
+            raise OSError(f"the store holds {size} of {wanted} bytes")
+
+    def move() -> None:
+        try:
             fs.mv(target, path)
-    except OSError:
-        raise
+        except FileNotFoundError:
+            # Where an earlier call has moved it and only its answer was lost, that is well.
+            fs.invalidate_cache(path)
+            if int(fs.info(path)["size"]) != wanted:
+                raise
+
+    try:
+        retrying(fs, put, num_bytes=wanted)
+        if not atomic:
+            retrying(fs, move, num_bytes=wanted)
     except Exception as error:  # each store has errors of its own, many of them no OSError
+        if not atomic:
+            # The next commit clears away what stays.
+            with suppress(Exception):
+                fs.rm_file(target)
+        if isinstance(error, OSError):
+            raise
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 

@@ -21,6 +21,7 @@ from vaestream.archive.manifest import MANIFEST, PartInfo, read_manifest
 from vaestream.archive.reader import Archive
 from vaestream.archive.storage import (
     RangeFile,
+    exists,
     file_size,
     is_temporary,
     join,
@@ -71,7 +72,7 @@ def verify(
         try:
             entries = _by_part(load_index(fs, root, manifest.index_sha256))
         except DamagedArchiveError as error:
-            missing = not fs.exists(join(root, INDEX))
+            missing = not exists(fs, join(root, INDEX))
             problems.append(Problem(INDEX, None, "missing" if missing else "index", str(error)))
 
     def check_part(name: str) -> list[Problem]:

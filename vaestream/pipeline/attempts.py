@@ -6,7 +6,7 @@ from typing import Any
 
 from fsspec import AbstractFileSystem
 
-from vaestream.archive.storage import join, put_bytes, read_bytes
+from vaestream.archive.storage import join, put_bytes, read_bytes, remove
 from vaestream.errors import VaestreamError
 
 ISOLATE_AFTER = 2
@@ -44,8 +44,7 @@ def begin_attempt(fs: AbstractFileSystem, root: str, part_id: str, run_id: str) 
 
 def end_attempts(fs: AbstractFileSystem, root: str, part_id: str) -> None:
     """Forget the attempts at a shard: its part is in place, or it has ended in peace."""
-    with suppress(FileNotFoundError):
-        fs.rm_file(_path(root, part_id))
+    remove(fs, _path(root, part_id))
 
 
 def _path(root: str, part_id: str) -> str:

@@ -7,7 +7,6 @@ continued with the same, and the attempts at its shards.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +20,16 @@ from vaestream.archive.manifest import (
     read_manifest,
     write_manifest,
 )
-from vaestream.archive.storage import join, list_names, put_bytes, read_bytes
+from vaestream.archive.storage import (
+    exists,
+    join,
+    list_names,
+    put_bytes,
+    read_bytes,
+    remove,
+    remove_folder,
+    shown,
+)
 from vaestream.archive.writer import find_part, model_path, write_model
 from vaestream.errors import ArchiveError, DamagedArchiveError, SettingsMismatchError
 from vaestream.pipeline.attempts import JOB_FOLDER
@@ -82,11 +90,11 @@ class Destination:
             found = {"settings": manifest.settings, "model_id": manifest.model_id}
         if not overwrite:
             if found is not None and found != wanted:
-                raise SettingsMismatchError(f"{root}: {_differences(found, wanted)}")
+                raise SettingsMismatchError(f"{shown(fs, root)}: {_differences(found, wanted)}")
             if found is None and any(_part_id(name) for name in names):
                 raise SettingsMismatchError(
-                    f"{root}: holds parts of an archive, but neither {MANIFEST} nor the record of "
-                    "a job; choose another destination, or overwrite"
+                    f"{shown(fs, root)}: holds parts of an archive, but neither {MANIFEST} "
+                    "nor the record of a job; choose another destination, or overwrite"
                 )
         return cls(fs, root, settings, model_id, manifest, replace, names)
 
@@ -105,7 +113,7 @@ class Destination:
             self.manifest is not None
             and not work.dropped
             and INDEX in self._names
-            and self.fs.exists(model_path(self.root, self.model_id))
+            and exists(self.fs, model_path(self.root, self.model_id))
             and {part.name for part in work.parts} == {part.name for part in self.manifest.parts}
             and self.manifest.settings == self.settings
             and self.manifest.model_id == self.model_id
@@ -140,15 +148,10 @@ class Destination:
         )
         for name in replaced:
             if _part_id(name) and name not in stays:
-                with suppress(FileNotFoundError):
-                    self.fs.rm_file(join(self.root, name))
+                remove(self.fs, join(self.root, name))
         if self.manifest and self.manifest.model_id not in (None, self.model_id):
-            with suppress(FileNotFoundError):
-                self.fs.rm_file(model_path(self.root, str(self.manifest.model_id)))
-        # Workers have written there, which this process's cached listings don't show.
-        self.fs.invalidate_cache()
-        with suppress(FileNotFoundError):
-            self.fs.rm(join(self.root, JOB_FOLDER), recursive=True)
+            remove(self.fs, model_path(self.root, str(self.manifest.model_id)))
+        remove_folder(self.fs, join(self.root, JOB_FOLDER))
         self.manifest = manifest
         return manifest
 

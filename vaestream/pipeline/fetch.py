@@ -1,24 +1,23 @@
 """The bytes of source objects, read ahead while the codec works."""
 
-import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from fsspec import AbstractFileSystem
 
+from vaestream.archive.retries import UNKNOWN_BYTES, may_pass, retrying
 from vaestream.errors import SourceError
+from vaestream.pipeline.compressor import describe
 from vaestream.pipeline.members import MemberError, MemberReader
 from vaestream.pipeline.plan import SourceObject
 
-_PAUSES = (0.5, 2.0, 8.0)
-_LASTING = (
-    *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError),
-    MemberError,
-)
 _UNKNOWN_SIZE = 16 << 20
-_OUTAGE = 8
+_READINGS = 3
+
+Witnesses = MutableMapping[int, SourceObject]
+"""By store, an object that could be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,18 +37,23 @@ def fetch_all(
     max_object_bytes: int,
     ahead_bytes: int = 256 << 20,
     threads: int = 8,
+    witnesses: Witnesses | None = None,
 ) -> Iterator[Fetched]:
     """Read `objects`, in their order, from `stores`, some threads ahead of the caller.
 
-    At most `ahead_bytes`, or one object, are held. Errors that may pass are tried again. An object
-    that cannot be read, or has more than `max_object_bytes`, comes with its error. Errors:
-    SourceError when eight could not be read and none could: then it is the store that fails, and
-    no row should say that it is the photo.
+    At most `ahead_bytes`, or one object, are held. Errors that may pass are tried again
+    (`retries.retrying`). An object that cannot be read, or has more than `max_object_bytes`, comes
+    with its error. members: reads those of tars and the like. witnesses: what earlier calls have
+    read; this one adds to it.
+
+    Errors: SourceError where it is the store that fails, so that no row says that it is the photo:
+    when an object that could be read before no longer can; and when none has been read and those
+    that are asked for next cannot be read either, for want of permission or of an answer.
     """
     waiting: deque[tuple[SourceObject, int, Future[bytes]]] = deque()
     rest = deque(objects)
-    held = read = 0
-    failures: list[str] = []
+    readable: Witnesses = {} if witnesses is None else witnesses
+    held = 0
     with ThreadPoolExecutor(threads, thread_name_prefix="fetch") as pool:
         try:
             while rest or waiting:
@@ -64,20 +68,21 @@ def fetch_all(
                 item, size, future = waiting.popleft()
                 try:
                     fetched = Fetched(item, future.result())
-                    read += 1
+                    if fetched.data:
+                        readable[item.store] = item
                 except TooLargeError as error:
                     fetched = Fetched(item, None, str(error))
-                    read += 1
                 except MemberError as error:
                     fetched = Fetched(item, None, f"cannot be read: {error}")
-                    read += 1
                 except Exception as error:  # every store has errors of its own
-                    text = f"cannot be read: {type(error).__name__}: {' '.join(str(error).split())}"
+                    text = f"cannot be read: {describe(error)}"
                     fetched = Fetched(item, None, text)
-                    if not isinstance(error, _LASTING):
-                        failures.append(f"{item.url}: {text}")
-                        if not read and len(failures) == _OUTAGE:
-                            raise SourceError(failures[-1]) from error
+                    others = [(i, f) for i, _, f in waiting if i.store == item.store]
+                    fault = _store_fault(
+                        stores[item.store], error, readable.get(item.store), others
+                    )
+                    if fault is not None:
+                        raise SourceError(f"{item.url}: {text}; {fault}") from error
                 yield fetched
                 held -= size
         finally:
@@ -89,6 +94,31 @@ class TooLargeError(Exception):
     """An object has more bytes than may be read."""
 
 
+def _store_fault(
+    fs: AbstractFileSystem,
+    error: Exception,
+    witness: SourceObject | None,
+    others: Sequence[tuple[SourceObject, Future[bytes]]],
+) -> str | None:
+    """Why it must be the store that fails where one object could not be read; None where it is
+    that object alone."""
+    if witness is not None:
+        try:
+            retrying(fs, lambda: fs.cat_file(witness.path, start=0, end=1))
+        except Exception as second:  # every store has errors of its own
+            return f"nor can {witness.url} any longer: {describe(second)}"
+        return None
+    refused = isinstance(error, PermissionError)
+    if not (refused or may_pass(error)):
+        return None
+    if any(future.exception() is None for _, future in others):
+        return None
+    if others:
+        return f"nor can the next {len(others)}"
+    # One object alone may well be closed to us; that it gives no answer says nothing of it.
+    return None if refused else "and there is no other to tell whether the store is at fault"
+
+
 def _size(item: SourceObject) -> int:
     return _UNKNOWN_SIZE if item.version.size is None else item.version.size
 
@@ -98,28 +128,29 @@ def _read(
 ) -> bytes:
     if item.problem is not None:
         raise MemberError(item.problem)
-    if item.version.size is not None and item.version.size > max_object_bytes:
-        raise TooLargeError(
-            f"has {item.version.size} bytes, more than the {max_object_bytes} that are taken "
-            "(--max-object-bytes); it is not in the archive"
-        )
-    for pause in (*_PAUSES, None):
-        try:
-            if item.member is not None:
-                data = members.read(fs, item, max_bytes=max_object_bytes)
-            else:
-                data = fs.cat_file(item.path)
-        except _LASTING:
-            raise
-        except Exception:
-            if pause is None:
-                raise
-            time.sleep(pause)
-        else:
+    size = item.version.size
+    if size is not None and size > max_object_bytes:
+        raise TooLargeError(_too_large(size, max_object_bytes))
+
+    def read() -> bytes:
+        if item.member is not None:
+            return members.read(fs, item, max_bytes=max_object_bytes)
+        return bytes(fs.cat_file(item.path))
+
+    num_bytes = UNKNOWN_BYTES if size is None else size
+    data = retrying(fs, read, num_bytes=num_bytes)
+    for _ in range(_READINGS):
+        if size is None or len(data) == size:
             break
+        # Cut short on its way, or changed since it was listed: then it comes the same way again.
+        size, data = len(data), retrying(fs, read, num_bytes=num_bytes)
     if len(data) > max_object_bytes:
-        raise TooLargeError(
-            f"has {len(data)} bytes, more than the {max_object_bytes} that are taken "
-            "(--max-object-bytes); it is not in the archive"
-        )
+        raise TooLargeError(_too_large(len(data), max_object_bytes))
     return data
+
+
+def _too_large(size: int, limit: int) -> str:
+    return (
+        f"has {size} bytes, more than the {limit} that are taken (--max-object-bytes); it is not "
+        "in the archive"
+    )

@@ -14,10 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from fsspec import AbstractFileSystem
 
+from vaestream.archive.retries import LISTING_SECONDS, may_pass, retrying
 from vaestream.errors import SourceError
 from vaestream.pipeline.members import Found, is_container, list_members
 from vaestream.pipeline.plan import SourceObject, Version, escape, safe_key
@@ -162,15 +164,29 @@ def _resolve(text: str, storage_options: Mapping[str, Any] | None) -> _Source:
     with _listing(escape(text)):
         if protocol_of(text) in ("http", "https"):
             # A page with links passes for a folder: only the object itself is asked for.
-            info = fs.info(path)
+            info = _info(fs, path)
             name = path.split("?")[0].split("#")[0].rstrip("/")
             return _file(text, fs, path, name, info)
-        if _MAGIC.search(path) and not fs.exists(path):
+        if _MAGIC.search(path) and not _exists(fs, path):
             return _Source(text, fs, path, _base(path), False, "glob", {})
-        info = fs.info(path)
+        info = _info(fs, path)
         if info["type"] == "directory":
             return _Source(text, fs, path, path.rstrip("/"), False, "folder", info)
         return _file(text, fs, path, path, info)
+
+
+def _info(fs: AbstractFileSystem, path: str) -> Info:
+    return retrying(fs, lambda: dict(fs.info(path)))
+
+
+def _exists(fs: AbstractFileSystem, path: str) -> bool:
+    try:
+        _info(fs, path)
+    except Exception as error:  # some stores take no such name; glob tells what is wrong, if it is
+        if may_pass(error):
+            raise
+        return False
+    return True
 
 
 def _file(text: str, fs: AbstractFileSystem, path: str, name: str, info: Info) -> _Source:
@@ -218,7 +234,9 @@ def _globbed(
     listing: Listing, source: _Source, storage_options: Mapping[str, Any] | None
 ) -> Iterator[SourceObject]:
     fs, base = source.fs, source.folder
-    matches: dict[str, Info] = fs.glob(source.path, detail=True)
+    matches: dict[str, Info] = retrying(
+        fs, lambda: dict(fs.glob(source.path, detail=True)), seconds=LISTING_SECONDS
+    )
     if not matches:
         raise SourceError(f"{escape(source.text)}: no file or folder matches")
     cut = len(base) + 1 if base else 0
@@ -331,7 +349,7 @@ def _walk_s3(fs: AbstractFileSystem, path: str) -> Iterator[tuple[str, Info]]:
     prefix = prefix.rstrip("/") + "/" if prefix else ""
     more: dict[str, str] = {}
     while True:
-        page = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
+        page = retrying(fs, partial(_page, fs, bucket, prefix, more))
         for entry in page.get("Contents", []):
             if not entry["Key"].endswith("/"):  # those are marks of folders
                 yield f"{bucket}/{entry['Key']}", entry
@@ -340,8 +358,15 @@ def _walk_s3(fs: AbstractFileSystem, path: str) -> Iterator[tuple[str, Info]]:
         more = {"ContinuationToken": page["NextContinuationToken"]}
 
 
+def _page(
+    fs: AbstractFileSystem, bucket: str, prefix: str, more: Mapping[str, str]
+) -> dict[str, Any]:
+    return dict(fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more))
+
+
 def _walk_folders(fs: AbstractFileSystem, folder: str) -> Iterator[tuple[str, Info]]:
-    found = [info for info in fs.ls(folder, detail=True) if info["name"].rstrip("/") != folder]
+    listed = retrying(fs, lambda: list(fs.ls(folder, detail=True)), seconds=LISTING_SECONDS)
+    found = [info for info in listed if info["name"].rstrip("/") != folder]
     is_folder = {info["name"]: info["type"] == "directory" for info in found}
     for info in sorted(found, key=lambda one: one["name"] + "/" * is_folder[one["name"]]):
         if is_folder[info["name"]]:

@@ -21,7 +21,7 @@ from vaestream.archive.writer import find_part, write_part
 from vaestream.errors import DamagedArchiveError, VaestreamError
 from vaestream.pipeline.attempts import ISOLATE_AFTER, begin_attempt, end_attempts
 from vaestream.pipeline.compressor import Compressor, Settings, Verify, failed
-from vaestream.pipeline.fetch import Fetched, fetch_all
+from vaestream.pipeline.fetch import Fetched, Witnesses, fetch_all
 from vaestream.pipeline.isolate import IsolatedCompressor, MakesRows
 from vaestream.pipeline.members import MemberReader
 from vaestream.pipeline.plan import Shard
@@ -65,6 +65,7 @@ class ShardWorker:
         self._spec = spec
         self._compressor: Compressor | None = None
         self._members = MemberReader()
+        self._witnesses: Witnesses = {}
 
     def __call__(self, batch: dict[str, "np.ndarray[Any, Any]"]) -> dict[str, list[str]]:
         """Do the shards of a batch, one after the other."""
@@ -107,6 +108,7 @@ class ShardWorker:
             spec.stores,
             members=self._members,
             max_object_bytes=spec.max_object_bytes,
+            witnesses=self._witnesses,
         )
         rows = _rows(fetched, compressor)
         if shard.base is not None:

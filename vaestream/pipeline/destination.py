@@ -1,7 +1,7 @@
 """The destination of a job: what stands there already, and the last step that makes it an archive.
 
 A running job keeps `.vaestream-job/` there: with which settings it runs, so that it can only be
-continued with the same, and the attempts at its shards.
+continued with the same, the attempts at its shards, and which drivers are at work (`lease`).
 """
 
 import json
@@ -23,7 +23,7 @@ from vaestream.archive.manifest import (
     write_manifest,
 )
 from vaestream.archive.storage import RangeFile, join, list_names, put_bytes, read_bytes
-from vaestream.archive.writer import find_part, model_path, write_model
+from vaestream.archive.writer import committed_part, model_path, write_model
 from vaestream.errors import ArchiveError, DamagedArchiveError, SettingsMismatchError, SourceError
 from vaestream.pipeline.attempts import JOB_FOLDER
 from vaestream.pipeline.plan import Shard, SourceObject, Version
@@ -119,11 +119,14 @@ class Destination:
         parts = [part for part in listed.values() if part.name in present]
         shards = cut(self._without(objects, parts))
         ids = {shard.part_id for shard in shards}
-        parts += loose
+        parts += (part for part in loose if part.part_id in ids)
+        # Parts of another go over other objects: the source has changed in between.
+        foreign = [part for part in loose if part.part_id not in ids]
+        if foreign:
+            foreign = self._disjoint(foreign, self._keys(parts))
+            parts += foreign
         done_ids = {part.part_id for part in loose}
         shards = [shard for shard in shards if shard.part_id not in done_ids]
-        # Parts of an earlier go over other objects: the source has changed in between.
-        foreign = [part for part in loose if part.part_id not in ids]
         if foreign and shards:
             before = [item for shard in shards for item in shard.objects]
             rest = self._without(before, foreign)
@@ -152,9 +155,24 @@ class Destination:
         put_bytes(self.fs, join(self.root, _RECORD), json.dumps(record, indent=1).encode())
         write_model(self.fs, self.root, model)
 
-    def commit(self, parts: Sequence[PartInfo]) -> Manifest:
+    def commit(self, parts: Sequence[PartInfo], *, alone: bool = True) -> bool:
         """Make an archive of `parts`: the index, then the manifest, then clear away what is no
-        longer part of it."""
+        longer part of it.
+
+        alone: whether no other job is at work on this destination; one that is keeps its files.
+        False, and nothing is done, where another job has committed or removed parts meanwhile that
+        don't go with these: open the destination anew then, and do what is left.
+        """
+        now = self._manifest_now()
+        if now is not None and now != self.manifest:
+            ours = {part.name for part in parts}
+            same = now.settings == self.settings and now.model_id == self.model_id
+            if not same or not ours.issuperset(part.name for part in now.parts):
+                return False
+        standing = self._as_they_stand(parts)
+        if standing is None:
+            return False
+        parts = standing
         index_sha256 = build_index(self.fs, self.root, [part.name for part in parts])
         manifest = write_manifest(
             self.fs,
@@ -163,10 +181,13 @@ class Destination:
             model_id=self.model_id,
             parts=parts,
             index_sha256=index_sha256,
+            alone=alone,
         )
         stays = {part.name for part in parts}
         old = self.manifest.parts if self.manifest else ()
         replaced = {part.name for part in old} | (set(self._names) if self.replace else set())
+        if alone:
+            replaced |= self._doubled(parts, replaced)
         for name in replaced:
             if _part_id(name) and name not in stays:
                 with suppress(FileNotFoundError):
@@ -174,12 +195,56 @@ class Destination:
         if self.manifest and self.manifest.model_id not in (None, self.model_id):
             with suppress(FileNotFoundError):
                 self.fs.rm_file(model_path(self.root, str(self.manifest.model_id)))
+        self.manifest = manifest
+        return True
+
+    def clear(self) -> None:
+        """Remove what only a running job needs; call it when none is."""
         # Workers have written there, which this process's cached listings don't show.
         self.fs.invalidate_cache()
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             self.fs.rm(join(self.root, JOB_FOLDER), recursive=True)
-        self.manifest = manifest
-        return manifest
+
+    def _manifest_now(self) -> Manifest | None:
+        if MANIFEST in list_names(self.fs, self.root):
+            with suppress(DamagedArchiveError):
+                return read_manifest(self.fs, self.root)
+        return None
+
+    def _as_they_stand(self, parts: Sequence[PartInfo]) -> list[PartInfo] | None:
+        """`parts`, those new to the archive as their footers describe them now: another job may
+        have made the same ones, with other bytes. None where one is not there any more."""
+        old = () if self.replace or self.manifest is None else self.manifest.parts
+        kept = {part.name for part in old}
+        found = self._committed(part.name for part in parts if part.name not in kept)
+        standing = [part for part in parts if part.name in kept] + found
+        return standing if len(standing) == len(parts) else None
+
+    def _doubled(self, parts: Sequence[PartInfo], besides: set[str]) -> set[str]:
+        """Names of parts that stand beside `parts`, and `besides`, with objects that `parts` hold:
+        of a job that ran at the same time over another listing."""
+        names = {part.name for part in parts} | besides
+        strays = self._committed(
+            name for name in list_names(self.fs, self.root) if name not in names
+        )
+        if not strays:
+            return set()
+        apart = {part.name for part in self._disjoint(strays, self._keys(parts))}
+        return {part.name for part in strays} - apart
+
+    def _keys(self, parts: Sequence[PartInfo]) -> set[str]:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return {key for versions in pool.map(self._versions, parts) for key in versions}
+
+    def _disjoint(self, parts: Sequence[PartInfo], held: set[str]) -> list[PartInfo]:
+        """Those of `parts` that share no key with `held` or with one before."""
+        apart: list[PartInfo] = []
+        for part in sorted(parts, key=lambda part: part.name):
+            keys = set(self._versions(part))
+            if held.isdisjoint(keys):
+                apart.append(part)
+                held |= keys
+        return apart
 
     def _stands(self, shard: Shard, parts: dict[str, PartInfo]) -> bool:
         part = parts.get(shard.part_id)
@@ -188,15 +253,10 @@ class Destination:
     def _committed(self, names: Iterable[str]) -> list[PartInfo]:
         """Parts among these files; one with a damaged footer does not count and is made again."""
 
-        def look(part_id: str) -> PartInfo | None:
-            try:
-                return find_part(self.fs, self.root, part_id)
-            except DamagedArchiveError:
-                return None
-
         ids = [part_id for name in names if (part_id := _part_id(name))]
         with ThreadPoolExecutor(_THREADS) as pool:
-            return [part for part in pool.map(look, ids) if part is not None]
+            found = pool.map(lambda part_id: committed_part(self.fs, self.root, part_id), ids)
+            return [part for part in found if part is not None]
 
     def _without(
         self, objects: Iterable[SourceObject], parts: Sequence[PartInfo]

@@ -7,24 +7,27 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from vaestream.archive.manifest import Manifest, PartInfo, PartStats
 from vaestream.archive.reader import open_archive
 from vaestream.codec import Codec
-from vaestream.errors import VaestreamError
+from vaestream.errors import ArchiveError, VaestreamError
 from vaestream.pipeline.compressor import Settings, Verify
 from vaestream.pipeline.destination import Destination
-from vaestream.pipeline.plan import Shard, list_sources, make_shards
+from vaestream.pipeline.lease import Lease
+from vaestream.pipeline.plan import Shard, SourceObject, list_sources, make_shards
 from vaestream.pipeline.stores import options_for, store_of
 from vaestream.pipeline.worker import ShardWorker, WorkerSpec, make_batch, part_of
 
 Device = Literal["auto", "cpu", "cuda"]
 
+_LOG = logging.getLogger("vaestream")
 _WAVE = 1024
+_ROUNDS = 10
 _OBJECT_STORE_BYTES = 128 << 20
 _GPU_SHARE = 0.25
 _ERROR_LINE = re.compile(r"(?!ray\.)[A-Za-z_][\w.]*: ")
@@ -172,8 +175,11 @@ def compress(
     Every object of the sources gets one row, whatever it is. Run again with the same arguments,
     the job goes on where it was, or finds that all is done; new objects make new parts. Objects
     that are no longer in the sources stay in the archive. overwrite: let the new archive take the
-    place of one with other settings or of other objects; the old one can be read until then. Let
-    no two jobs write to one destination at a time.
+    place of one with other settings or of other objects; the old one can be read until then.
+
+    Two jobs on one destination at a time end as one whole archive if their settings are the same:
+    the second warns (logger "vaestream") and begins at the other end. They know of each other by
+    notes in the destination, which is best effort: clocks that differ by minutes hide them.
 
     Errors: SourceError, SettingsMismatchError, ArchiveError, WeightsError, VaestreamError.
     """
@@ -198,9 +204,6 @@ def compress(
         device="cpu",
         storage_options=None if weights is None else options_for(str(weights), storage_options),
     )
-    place = Destination.open(
-        fs, root, settings=settings.to_json(), model_id=codec.model_id, overwrite=overwrite
-    )
     listing = list_sources(
         texts,
         destination=target,
@@ -208,48 +211,75 @@ def compress(
         exclude=exclude,
         storage_options=storage_options,
     )
-    work = place.work(
-        listing.objects,
-        lambda objects: make_shards(
+
+    def cut(objects: Iterable[SourceObject]) -> list[Shard]:
+        return make_shards(
             objects,
-            settings=place.settings,
-            model_id=place.model_id,
+            settings=settings.to_json(),
+            model_id=codec.model_id,
             images=shard_images,
             max_bytes=shard_bytes,
-        ),
-    )
-    new: list[PartInfo] = []
-    up_to_date = not work.shards and place.is_finished(work.parts)
-    if not up_to_date:
-        place.begin(codec.weights)
-        if work.shards:
-            with _ray(address):
-                import ray
+        )
 
-                pool = plan_pool(
-                    ray.cluster_resources(),  # type: ignore[no-untyped-call]
-                    shards=len(work.shards),
-                    device=device,
-                    workers=workers,
-                    gpus_per_worker=gpus_per_worker,
+    new: list[PartInfo] = []
+    run_id = uuid.uuid4().hex
+    lease: Lease | None = None
+    with ExitStack() as stack:
+        for _ in range(_ROUNDS):
+            place = Destination.open(
+                fs, root, settings=settings.to_json(), model_id=codec.model_id, overwrite=overwrite
+            )
+            work = place.work(listing.objects, cut)
+            if not work.shards and place.is_finished(work.parts):
+                break
+            if lease is None:
+                lease = stack.enter_context(Lease(fs, root, run_id))
+            others = lease.others()
+            if others:
+                _LOG.warning(
+                    "another job is at work on %s (%s): this one begins at the other end, and "
+                    "what both make is kept once",
+                    target,
+                    ", ".join(map(str, others)),
                 )
-                spec = WorkerSpec(
-                    stores=tuple(listing.stores),
-                    fs=fs,
-                    root=root,
-                    model_id=codec.model_id,
-                    settings=settings,
-                    verify=verify,
-                    device=pool.device,
-                    threads=1,
-                    max_object_bytes=max_object_bytes,
-                    run_id=uuid.uuid4().hex,
-                )
-                for part in _run(work.shards, spec, pool):
-                    new.append(part)
-                    if progress is not None:
-                        progress(_progress(work.shards, new, time.monotonic() - begin))
-        place.commit([*work.parts, *new])
+            place.begin(codec.weights)
+            made: list[PartInfo] = []
+            if work.shards:
+                with _ray(address):
+                    import ray
+
+                    pool = plan_pool(
+                        ray.cluster_resources(),  # type: ignore[no-untyped-call]
+                        shards=len(work.shards),
+                        device=device,
+                        workers=workers,
+                        gpus_per_worker=gpus_per_worker,
+                    )
+                    spec = WorkerSpec(
+                        stores=tuple(listing.stores),
+                        fs=fs,
+                        root=root,
+                        model_id=codec.model_id,
+                        settings=settings,
+                        verify=verify,
+                        device=pool.device,
+                        threads=1,
+                        max_object_bytes=max_object_bytes,
+                        run_id=run_id,
+                    )
+                    shards = work.shards[::-1] if others else work.shards
+                    for part in _run(shards, spec, pool):
+                        made.append(part)
+                        if progress is not None:
+                            progress(_progress(shards, made, time.monotonic() - begin))
+            new += made
+            with lease.turn():
+                if place.commit([*work.parts, *made], alone=not lease.others()):
+                    break
+        else:
+            raise ArchiveError(f"{target}: other jobs commit to it time and again; run again later")
+    if lease is not None and not lease.others():
+        place.clear()
     assert place.manifest is not None
     return _summary(
         place.manifest,
@@ -257,7 +287,7 @@ def compress(
         left_out=listing.left_out,
         model_bytes=len(codec.weights),
         seconds=time.monotonic() - begin,
-        up_to_date=up_to_date,
+        up_to_date=lease is None,
         errors=_errors(target, storage_options) if place.manifest.totals.errors else [],
     )
 

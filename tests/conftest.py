@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,36 +32,45 @@ def shared() -> Path:
     return path
 
 
+@contextmanager
+def hooked_processes(**more: str) -> Iterator[Path]:
+    """Within the block each Python process that is started runs tests/worker_hooks: the path given
+    is the folder where these leave and look for their marks. more: of the environment."""
+    # Short: Ray keeps sockets there, whose paths may have 107 bytes.
+    folder = Path(tempfile.mkdtemp(prefix="vs-", dir="/tmp"))
+    before = os.environ.get("PYTHONPATH")
+    hooks = [str(REPOSITORY / "tests" / "worker_hooks"), str(REPOSITORY)]
+    path = os.pathsep.join(hooks + ([before] if before else []))
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            marked = {"VAESTREAM_HOOK_FOLDER": str(folder), "PYTHONPATH": path}
+            for name, value in {**marked, **more}.items():
+                patch.setenv(name, value)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[Path]:
     """One Ray for all tests that need one. Its workers run tests/worker_hooks: the path given is
     the folder where these leave and look for their marks."""
     import ray
 
-    # Short: Ray keeps sockets there, whose paths may have 107 bytes.
-    folder = Path(tempfile.mkdtemp(prefix="vs-", dir="/tmp"))
-    os.environ["VAESTREAM_HOOK_FOLDER"] = str(folder)
-    before = os.environ.get("PYTHONPATH")
-    hooks = [str(REPOSITORY / "tests" / "worker_hooks"), str(REPOSITORY)]
-    os.environ["PYTHONPATH"] = os.pathsep.join(hooks + ([before] if before else []))
-    try:
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            object_store_memory=100 << 20,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=str(folder / "ray"),
-        )
-        yield folder
-    finally:
-        ray.shutdown()
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
-        shutil.rmtree(folder, ignore_errors=True)
+    with hooked_processes() as folder:
+        try:
+            ray.init(
+                address="local",
+                num_cpus=2,
+                include_dashboard=False,
+                object_store_memory=100 << 20,
+                log_to_driver=False,
+                logging_level="ERROR",
+                _temp_dir=str(folder / "ray"),
+            )
+            yield folder
+        finally:
+            ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ Exit codes: 0 all is well, 1 an error, 2 wrong usage, 3 done, but some rows carr
 import argparse
 import importlib.util
 import json
+import logging
 import math
 import os
 import signal
@@ -69,6 +70,9 @@ def compress(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _estimate(args)
     line = _ProgressLine()
+    warnings = _Warnings(line)
+    logger = logging.getLogger("vaestream")
+    logger.addHandler(warnings)
     try:
         summary = compress(
             args.sources,
@@ -94,6 +98,7 @@ def compress(args: argparse.Namespace) -> int:
             progress=line.show,
         )
     finally:
+        logger.removeHandler(warnings)
         line.end()
     if args.json:
         print(json.dumps(summary.to_json()))
@@ -567,6 +572,19 @@ class _ProgressLine:
         if self._width:
             print(file=sys.stderr)
             self._width = 0
+
+
+class _Warnings(logging.Handler):
+    """A line on stderr for each warning."""
+
+    def __init__(self, line: _ProgressLine) -> None:
+        super().__init__(logging.WARNING)
+        self._line = line
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Tell it, below the line of progress."""
+        self._line.end()
+        print(f"vaestream: warning: {_shown(record.getMessage())}", file=sys.stderr, flush=True)
 
 
 def _told(summary: "Summary", destination: str) -> str:

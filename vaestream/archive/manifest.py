@@ -156,8 +156,10 @@ def write_manifest(
     model_id: str | None,
     parts: Sequence[PartInfo],
     index_sha256: str,
+    alone: bool = True,
 ) -> Manifest:
-    """Write the manifest, the last step of a commit, and clear away what killed writers left.
+    """Write the manifest, the last step of a commit, and clear away what killed writers left,
+    unless other writers are at work there (not `alone`).
 
     The same arguments give the same bytes. Raises ArchiveError when it cannot be written.
     """
@@ -174,7 +176,8 @@ def write_manifest(
     }
     values["sha256"] = _digest(values)
     put_bytes(fs, join(root, MANIFEST), json.dumps(values, indent=1, sort_keys=True).encode())
-    remove_temporaries(fs, root)
+    if alone:
+        remove_temporaries(fs, root)
     return manifest
 
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import chain
 from typing import Any, BinaryIO
@@ -45,6 +46,7 @@ def write_part(
     *,
     replaces: str | None = None,
     row_group_bytes: int = ROW_GROUP_BYTES,
+    replace: bool = True,
 ) -> PartInfo:
     """Write `rows`, ascending by key, as one part of the archive in folder `root`.
 
@@ -52,14 +54,15 @@ def write_part(
 
     The rows are taken one by one; memory holds those of one row group. The file is read back and
     checked, byte ranges and hashes, before it stands under its name; a part of that name is
-    replaced. The same rows give the same bytes.
+    replaced, or with `replace` false stays if it is whole, and is the one described then. The same
+    rows give the same bytes.
 
     Raises ArchiveError for rows that cannot be kept (a key twice or out of order, text that is
     not UTF-8, a value over 2 GiB), and where the store cannot take the file; nothing is left then.
     """
     name = part_name(part_id)
     path = join(root, name)
-    with staged(fs, path) as temporary:
+    with suppress(_NotNeeded), staged(fs, path) as temporary:
         stats = PartStats()
         written: list[tuple[str, str]] = []
         with open(temporary, "wb") as file:
@@ -71,6 +74,11 @@ def write_part(
             file.write(stamp_footer(footer.data))
         with open(temporary, "rb") as file:
             info = _read_back(file, name, written)
+        if not replace:
+            standing = committed_part(fs, root, part_id)
+            if standing is not None:
+                info = standing
+                raise _NotNeeded
     return info
 
 
@@ -90,6 +98,14 @@ def find_part(fs: fsspec.AbstractFileSystem, root: str, part_id: str) -> PartInf
     if info.part_id != part_id or info.size != size:
         raise DamagedArchiveError(f"{path}: footer: it is the one of another part")
     return info
+
+
+def committed_part(fs: fsspec.AbstractFileSystem, root: str, part_id: str) -> PartInfo | None:
+    """As `find_part`, but a part with a damaged footer counts as none."""
+    try:
+        return find_part(fs, root, part_id)
+    except DamagedArchiveError:
+        return None
 
 
 def part_info(footer: Footer, name: str) -> PartInfo:
@@ -133,6 +149,10 @@ def write_model(fs: fsspec.AbstractFileSystem, root: str, data: bytes) -> str:
 def model_path(root: str, model_id: str) -> str:
     """Where the archive in folder `root` keeps a model."""
     return join(root, f"models/{model_id}.safetensors")
+
+
+class _NotNeeded(Exception):
+    """What has been staged is given up."""
 
 
 class _Hashed(io.RawIOBase):

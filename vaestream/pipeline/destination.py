@@ -1,12 +1,13 @@
 """The destination of a job: what stands there already, and the last step that makes it an archive.
 
 A running job keeps `.vaestream-job/` there: with which settings it runs, so that it can only be
-continued with the same, and the attempts at its shards.
+continued with the same, the attempts at its shards, and which drivers are at work (`lease`).
 """
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,9 +31,10 @@ from vaestream.archive.storage import (
     remove_folder,
     shown,
 )
-from vaestream.archive.writer import find_part, model_path, write_model
+from vaestream.archive.writer import committed_part, model_path, write_model
 from vaestream.errors import ArchiveError, DamagedArchiveError, SettingsMismatchError
 from vaestream.pipeline.attempts import JOB_FOLDER
+from vaestream.pipeline.held import HeldRows
 from vaestream.pipeline.plan import Cutter, SourceObject
 from vaestream.pipeline.work import Growth, Replacement, Work
 
@@ -129,9 +131,26 @@ class Destination:
         put_bytes(self.fs, join(self.root, _RECORD), json.dumps(record, indent=1).encode())
         write_model(self.fs, self.root, model)
 
-    def commit(self, parts: Sequence[PartInfo], *, dropped: Iterable[str] = ()) -> Manifest:
+    def commit(
+        self, parts: Sequence[PartInfo], *, dropped: Iterable[str] = (), alone: bool = True
+    ) -> bool:
         """Make an archive of `parts`: the index, then the manifest, then clear away what is no
-        longer part of it, `dropped` too."""
+        longer part of it, `dropped` too.
+
+        alone: whether no other job is at work on this destination; one that is keeps its files.
+        False, and nothing is done, where another job has committed or removed parts meanwhile that
+        don't go with these: open the destination anew then, and do what is left.
+        """
+        now = self._manifest_now()
+        if now is not None and now != self.manifest:
+            ours = {part.name for part in parts}
+            same = now.settings == self.settings and now.model_id == self.model_id
+            if not same or not ours.issuperset(part.name for part in now.parts):
+                return False
+        standing = self._as_they_stand(parts)
+        if standing is None:
+            return False
+        parts = standing
         index_sha256 = build_index(self.fs, self.root, [part.name for part in parts])
         manifest = write_manifest(
             self.fs,
@@ -140,20 +159,53 @@ class Destination:
             model_id=self.model_id,
             parts=parts,
             index_sha256=index_sha256,
+            alone=alone,
         )
         stays = {part.name for part in parts}
         old = self.manifest.parts if self.manifest else ()
-        replaced = {*dropped, *(part.name for part in old)} | (
-            set(self._names) if self.replace else set()
-        )
+        replaced = {*dropped, *(part.name for part in old)}
+        if self.replace:
+            replaced |= set(self._names)
+        if alone:
+            replaced |= self._doubled(parts, replaced)
         for name in replaced:
             if _part_id(name) and name not in stays:
                 remove(self.fs, join(self.root, name))
         if self.manifest and self.manifest.model_id not in (None, self.model_id):
             remove(self.fs, model_path(self.root, str(self.manifest.model_id)))
-        remove_folder(self.fs, join(self.root, JOB_FOLDER))
         self.manifest = manifest
-        return manifest
+        return True
+
+    def clear(self) -> None:
+        """Remove what only a running job needs; call it when none is."""
+        remove_folder(self.fs, join(self.root, JOB_FOLDER))
+
+    def _manifest_now(self) -> Manifest | None:
+        if MANIFEST in list_names(self.fs, self.root):
+            with suppress(DamagedArchiveError):
+                return read_manifest(self.fs, self.root)
+        return None
+
+    def _as_they_stand(self, parts: Sequence[PartInfo]) -> list[PartInfo] | None:
+        """`parts`, those new to the archive as their footers describe them now: another job may
+        have made the same ones, with other bytes. None where one is not there any more."""
+        old = () if self.replace or self.manifest is None else self.manifest.parts
+        kept = {part.name for part in old}
+        found = self._committed(part.name for part in parts if part.name not in kept)
+        standing = [part for part in parts if part.name in kept] + found
+        return standing if len(standing) == len(parts) else None
+
+    def _doubled(self, parts: Sequence[PartInfo], besides: set[str]) -> set[str]:
+        """Names of parts that stand beside `parts`, and `besides`, with objects that `parts` hold:
+        of a job that ran at the same time over another listing."""
+        names = {part.name for part in parts} | besides
+        strays = self._committed(
+            name for name in list_names(self.fs, self.root) if name not in names
+        )
+        if not strays:
+            return set()
+        held = HeldRows(self.fs, self.root, parts)
+        return {part.name for part in strays if held.shares_keys(part)}
 
     def _present(self, listed: Mapping[str, PartInfo]) -> list[PartInfo]:
         present = set(self._names)
@@ -162,15 +214,10 @@ class Destination:
     def _committed(self, names: Iterable[str]) -> list[PartInfo]:
         """Parts among these files; one with a damaged footer does not count and is made again."""
 
-        def look(part_id: str) -> PartInfo | None:
-            try:
-                return find_part(self.fs, self.root, part_id)
-            except DamagedArchiveError:
-                return None
-
         ids = [part_id for name in names if (part_id := _part_id(name))]
         with ThreadPoolExecutor(_THREADS) as pool:
-            return [part for part in pool.map(look, ids) if part is not None]
+            found = pool.map(lambda part_id: committed_part(self.fs, self.root, part_id), ids)
+            return [part for part in found if part is not None]
 
 
 def _read_record(fs: AbstractFileSystem, root: str) -> dict[str, Any] | None:

@@ -9,15 +9,16 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal
 
 from vaestream.archive.manifest import Manifest, PartInfo, PartStats
 from vaestream.archive.reader import open_archive
-from vaestream.errors import VaestreamError
+from vaestream.errors import ArchiveError, VaestreamError
 from vaestream.pipeline.compressor import Settings, Verify
+from vaestream.pipeline.lease import Lease
 from vaestream.pipeline.listing import Listing
 from vaestream.pipeline.plan import Shard
 from vaestream.pipeline.prepare import Paths, prepare
@@ -27,7 +28,9 @@ from vaestream.pipeline.worker import ShardWorker, WorkerSpec, make_batch, part_
 
 Device = Literal["auto", "cpu", "cuda"]
 
+_LOG = logging.getLogger("vaestream")
 _WAVE = 1024
+_ROUNDS = 10
 _OBJECT_STORE_BYTES = 128 << 20
 _GPU_SHARE = 0.25
 _ERROR_LINE = re.compile(r"(?!ray\.)[A-Za-z_][\w.]*: ")
@@ -184,7 +187,11 @@ def compress(
     that has changed since (size, time or ETag) gets a new row in place of the old one, and the part
     that held it is written again. Objects that are no longer in the sources stay in the archive.
     overwrite: let the new archive take the place of one with other settings or of other objects;
-    the old one can be read until then. Let no two jobs write to one destination at a time.
+    the old one can be read until then.
+
+    Two jobs on one destination at a time end as one whole archive if their settings are the same:
+    the second warns (logger "vaestream") and begins at the other end. They know of each other by
+    notes in the destination, which is best effort: clocks that differ by minutes hide them.
 
     Work begins before the sources are listed to their end, and what is kept in memory of the
     objects does not grow with those still to come.
@@ -202,63 +209,88 @@ def compress(
     )
     if max_object_bytes < 1:
         raise VaestreamError("object bytes must be at least 1")
-    prepared = prepare(
-        sources,
-        destination,
-        settings=settings,
-        shard_images=shard_images,
-        shard_bytes=shard_bytes,
-        include=include,
-        exclude=exclude,
-        storage_options=storage_options,
-        overwrite=overwrite,
-        weights=weights,
-    )
-    codec, place, work = prepared.codec, prepared.place, prepared.work
     new: list[PartInfo] = []
-    up_to_date = False
-    with _Waves(work) as waves:
-        if waves.first or not place.is_finished(work):
-            place.begin(codec.weights)
-            if waves.first:
-                with _ray(address):
-                    import ray
+    run_id = uuid.uuid4().hex
+    lease: Lease | None = None
+    with ExitStack() as stack:
+        for _ in range(_ROUNDS):
+            prepared = prepare(
+                sources,
+                destination,
+                settings=settings,
+                shard_images=shard_images,
+                shard_bytes=shard_bytes,
+                include=include,
+                exclude=exclude,
+                storage_options=storage_options,
+                overwrite=overwrite,
+                weights=weights,
+            )
+            codec, place, work = prepared.codec, prepared.place, prepared.work
+            with _Waves(work) as waves:
+                if not waves.first and place.is_finished(work):
+                    break
+                if lease is None:
+                    lease = stack.enter_context(Lease(place.fs, place.root, run_id))
+                others = lease.others()
+                if others:
+                    _LOG.warning(
+                        "another job is at work on %s (%s): this one begins at the other end, and "
+                        "what both make is kept once",
+                        prepared.url,
+                        ", ".join(map(str, others)),
+                    )
+                place.begin(codec.weights)
+                made: list[PartInfo] = []
+                if waves.first:
+                    with _ray(address):
+                        import ray
 
-                    pool = plan_pool(
-                        ray.cluster_resources(),  # type: ignore[no-untyped-call]
-                        shards=len(waves.first),
-                        device=device,
-                        workers=workers,
-                        gpus_per_worker=gpus_per_worker,
-                    )
-                    spec = WorkerSpec(
-                        stores=(),
-                        fs=place.fs,
-                        root=place.root,
-                        model_id=codec.model_id,
-                        settings=settings,
-                        verify=verify,
-                        device=pool.device,
-                        threads=1,
-                        max_object_bytes=max_object_bytes,
-                        run_id=uuid.uuid4().hex,
-                    )
-                    for part in _run(waves, prepared.listing, spec, pool):
-                        new.append(part)
-                        if progress is not None:
-                            progress(waves.progress(new, time.monotonic() - begin))
-            place.commit([*work.parts, *new], dropped=work.dropped)
+                        pool = plan_pool(
+                            ray.cluster_resources(),  # type: ignore[no-untyped-call]
+                            shards=len(waves.first),
+                            device=device,
+                            workers=workers,
+                            gpus_per_worker=gpus_per_worker,
+                        )
+                        spec = WorkerSpec(
+                            stores=(),
+                            fs=place.fs,
+                            root=place.root,
+                            model_id=codec.model_id,
+                            settings=settings,
+                            verify=verify,
+                            device=pool.device,
+                            threads=1,
+                            max_object_bytes=max_object_bytes,
+                            run_id=run_id,
+                        )
+                        backwards = bool(others)
+                        for part in _run(waves, prepared.listing, spec, pool, backwards=backwards):
+                            made.append(part)
+                            if progress is not None:
+                                progress(waves.progress(made, time.monotonic() - begin))
+            new += (part for part in made if part.part_id not in waves.rewritten)
+            with lease.turn():
+                if place.commit(
+                    [*work.parts, *made], dropped=work.dropped, alone=not lease.others()
+                ):
+                    break
         else:
-            up_to_date = True
+            raise ArchiveError(
+                f"{prepared.url}: other jobs commit to it time and again; run again later"
+            )
+    if lease is not None and not lease.others():
+        place.clear()
     assert place.manifest is not None
     return _summary(
         place.manifest,
-        [part for part in new if part.part_id not in waves.rewritten],
+        new,
         left_out=prepared.listing.left_out,
         counts=work.counts,
         model_bytes=len(codec.weights),
         seconds=time.monotonic() - begin,
-        up_to_date=up_to_date,
+        up_to_date=lease is None,
         errors=_errors(prepared.url, storage_options) if place.manifest.totals.errors else [],
     )
 
@@ -323,13 +355,15 @@ class _Waves:
         return wave
 
 
-def _run(waves: _Waves, listing: Listing, spec: WorkerSpec, pool: Pool) -> Iterator[PartInfo]:
-    """The parts of all shards, as they end."""
+def _run(
+    waves: _Waves, listing: Listing, spec: WorkerSpec, pool: Pool, *, backwards: bool
+) -> Iterator[PartInfo]:
+    """The parts of all shards, as they end; each wave begins with its last one if `backwards`."""
     import ray.data
     from ray.exceptions import RayError
 
     for shards in waves:
-        wave = make_batch(shards)
+        wave = make_batch(shards[::-1] if backwards else shards)
         # A block is a shard: a worker's death repeats one shard, and each reports as it ends.
         dataset = ray.data.from_items(wave, override_num_blocks=len(wave))
         dataset.context.enable_progress_bars = False

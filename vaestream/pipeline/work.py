@@ -1,21 +1,13 @@
 """What a run has to do: the sources' objects against what the archive holds."""
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
 from vaestream.archive.manifest import PartInfo
-from vaestream.archive.storage import RangeFile, join
-from vaestream.errors import DamagedArchiveError
+from vaestream.pipeline.held import HeldRows
 from vaestream.pipeline.plan import Cutter, Shard, SourceObject, Version
-
-_THREADS = 16
-_CHUNK = 1024
 
 
 @dataclass(slots=True)
@@ -100,8 +92,8 @@ class Growth(Work):
         self._changed: dict[str, list[SourceObject]] = {}
 
     def __iter__(self) -> Iterator[Shard]:
-        self._held = _Held(self._fs, self._root, self._listed)
-        self._beside: _Held | None = None
+        self._held = HeldRows(self._fs, self._root, self._listed)
+        self._beside: HeldRows | None = None
         for shard in self._cutter.shards(self._fresh()):
             done = self._waiting.pop(shard.part_id, None)
             if done is not None:
@@ -111,6 +103,7 @@ class Growth(Work):
         self.counts.unlisted = len(self._held) - self.counts.unchanged - self.counts.changed
         for base, items in self._changed.items():
             yield self._cutter.shard(items, base=base)
+        self._set_apart()
         self.dropped |= set(self._changed)
         stays = [*self._listed, *self._waiting.values()]
         self.parts += [part for part in stays if part.name not in self.dropped]
@@ -137,7 +130,8 @@ class Growth(Work):
         if not self._waiting:
             return shard
         if self._beside is None:
-            self._beside = _Held(self._fs, self._root, list(self._waiting.values()))
+            self._set_apart()
+            self._beside = HeldRows(self._fs, self._root, list(self._waiting.values()))
         rest = []
         for item in shard.objects:
             found = self._beside.find(item.key)
@@ -150,6 +144,17 @@ class Growth(Work):
             return shard
         return self._cutter.shard(rest) if rest else None
 
+    def _set_apart(self) -> None:
+        """Drop those of the waiting parts that share a key with what is held or with another one:
+        of jobs that were at work at the same time, over other listings."""
+        held = [self._held]
+        for part in sorted(self._waiting.values(), key=lambda one: one.name):
+            if any(rows.shares_keys(part) for rows in held):
+                self.dropped.add(part.name)
+                del self._waiting[part.part_id]
+            else:
+                held.append(HeldRows(self._fs, self._root, [part]))
+
 
 def _dropped(listed: Sequence[PartInfo], loose: Sequence[PartInfo]) -> set[str]:
     """The parts that others have replaced, and all but one of those that replace the same one."""
@@ -160,64 +165,3 @@ def _dropped(listed: Sequence[PartInfo], loose: Sequence[PartInfo]) -> set[str]:
             first = replacing.setdefault(part.replaces, part.name)
             dropped |= {part.replaces} | ({part.name} if first != part.name else set())
     return dropped & {part.name for part in [*listed, *loose]}
-
-
-_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("source_size", pa.int64()),
-        ("source_mtime", pa.timestamp("us", tz="UTC")),
-        ("source_etag", pa.string()),
-        ("part", pa.int32()),
-    ]
-)
-
-
-class _Held:
-    """Keys and versions of the rows of some parts: about 100 bytes a row."""
-
-    def __init__(self, fs: AbstractFileSystem, root: str, parts: Sequence[PartInfo]) -> None:
-        self._fs, self._root, self._parts = fs, root, parts
-        with ThreadPoolExecutor(_THREADS) as pool:
-            tables = list(pool.map(self._read, range(len(parts))))
-        table = pa.concat_tables([_SCHEMA.empty_table(), *tables])
-        self._table = table.sort_by("key").combine_chunks()
-        self._starts: list[str] = (
-            self._table["key"].take(pa.array(range(0, len(table), _CHUNK), pa.int64())).to_pylist()
-        )
-        self._chunk: tuple[int, list[str], pa.Table] = (-1, [], self._table)
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def find(self, key: str) -> tuple[Version, PartInfo] | None:
-        """The version that is held and its part; fast where the keys asked for ascend."""
-        number = bisect_right(self._starts, key) - 1
-        if number < 0:
-            return None
-        if number != self._chunk[0]:
-            chunk = self._table.slice(number * _CHUNK, _CHUNK)
-            self._chunk = (number, chunk["key"].to_pylist(), chunk)
-        _, keys, chunk = self._chunk
-        at = bisect_left(keys, key)
-        if at == len(keys) or keys[at] != key:
-            return None
-        size, mtime, etag, part = (chunk[name][at].as_py() for name in _SCHEMA.names[1:])
-        return Version(size, mtime, etag), self._parts[part]
-
-    def _read(self, number: int) -> pa.Table:
-        table = _read(self._fs, self._root, self._parts[number], _SCHEMA.names[:-1])
-        part = pa.array([number] * len(table), pa.int32())
-        return table.append_column("part", part).cast(_SCHEMA)
-
-
-def _read(fs: AbstractFileSystem, root: str, part: PartInfo, columns: list[str]) -> pa.Table:
-    path = join(root, part.name)
-    try:
-        file = pq.ParquetFile(RangeFile(fs, path, part.size), pre_buffer=False)
-        return file.read(columns, use_threads=False)
-    except (OSError, ValueError) as error:
-        raise DamagedArchiveError(
-            f"{path}: cannot be read ({error}): verify tells more; remove the file and run again "
-            "to make it anew"
-        ) from error

@@ -3,6 +3,7 @@
 import heapq
 import json
 import pickle
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +18,23 @@ from vaestream.archive.reader import load_codec
 from vaestream.archive.rows import read_rows
 from vaestream.archive.schema import Row
 from vaestream.archive.storage import join
-from vaestream.archive.writer import find_part, write_part
-from vaestream.errors import DamagedArchiveError, VaestreamError
+from vaestream.archive.writer import committed_part, write_part
+from vaestream.errors import VaestreamError
 from vaestream.pipeline.attempts import ISOLATE_AFTER, begin_attempt, end_attempts
 from vaestream.pipeline.compressor import Compressor, Settings, Verify, failed
 from vaestream.pipeline.fetch import Fetched, Witnesses, fetch_all
 from vaestream.pipeline.isolate import IsolatedCompressor, MakesRows
 from vaestream.pipeline.members import MemberReader
 from vaestream.pipeline.plan import Shard
+
+_LOOK_SECONDS = 10.0
+
+
+class _Overtaken(Exception):
+    """Somebody else has committed the shard in hand."""
+
+    def __init__(self, part: PartInfo) -> None:
+        self.part = part
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +96,7 @@ class ShardWorker:
         store fails, VaestreamError where the shard kills every process; nothing is left then.
         """
         spec = self._spec
-        done = committed(spec.fs, spec.root, shard.part_id)
+        done = committed_part(spec.fs, spec.root, shard.part_id)
         if done is not None:
             return done
         attempts = begin_attempt(spec.fs, spec.root, shard.part_id, spec.run_id)
@@ -97,6 +107,8 @@ class ShardWorker:
             if self._compressor is None:
                 self._compressor = spec()
             return self._write(shard, self._compressor)
+        except _Overtaken as overtaken:
+            return overtaken.part
         finally:
             # Also after an error in Python: only a death in mid shard counts as a failed attempt.
             end_attempts(spec.fs, spec.root, shard.part_id)
@@ -110,21 +122,33 @@ class ShardWorker:
             max_object_bytes=spec.max_object_bytes,
             witnesses=self._witnesses,
         )
-        rows = _rows(fetched, compressor)
+        rows: Iterator[Row] = _rows(fetched, compressor)
         if shard.base is not None:
             anew = {item.key for item in shard.objects}
             old = read_rows(spec.fs, join(spec.root, shard.base))
             stays = (row for row in old if row.key not in anew)
             rows = heapq.merge(stays, rows, key=lambda row: row.key)
-        return write_part(spec.fs, spec.root, shard.part_id, rows, replaces=shard.base)
+        # Another worker may have the same shard in hand, on another device, with other bytes: the
+        # part that stood first is the one that a manifest may name already.
+        return write_part(
+            spec.fs,
+            spec.root,
+            shard.part_id,
+            self._unless_overtaken(shard, rows),
+            replaces=shard.base,
+            replace=False,
+        )
 
-
-def committed(fs: AbstractFileSystem, root: str, part_id: str) -> PartInfo | None:
-    """The part, if it stands in the destination; one whose footer is damaged does not count."""
-    try:
-        return find_part(fs, root, part_id)
-    except DamagedArchiveError:
-        return None
+    def _unless_overtaken(self, shard: Shard, rows: Iterator[Row]) -> Iterator[Row]:
+        """`rows`, as long as nobody else commits the same shard."""
+        looked = time.monotonic()
+        for row in rows:
+            if time.monotonic() - looked > _LOOK_SECONDS:
+                part = committed_part(self._spec.fs, self._spec.root, shard.part_id)
+                if part is not None:
+                    raise _Overtaken(part)
+                looked = time.monotonic()
+            yield row
 
 
 def part_of(outcome: str) -> PartInfo:

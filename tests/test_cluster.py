@@ -1,0 +1,173 @@
+"""The job on Ray clusters of several nodes, all of them on this machine."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import hooked_processes
+from photos import fill, png
+
+import vaestream
+from vaestream.archive.verify import verify
+
+
+@dataclass
+class Nodes:
+    """A cluster whose processes run tests/worker_hooks. marks: where these leave their marks."""
+
+    cluster: Any
+    marks: Path
+
+    @property
+    def address(self) -> str:
+        return str(self.cluster.address)
+
+    def add(self, **resources: Any) -> Any:
+        """A node more."""
+        return self.cluster.add_node(
+            include_dashboard=False, object_store_memory=80 << 20, **resources
+        )
+
+    def of_worker(self, pid: int) -> Any:
+        """The node on which a worker runs: it is a child of that node's raylet."""
+        parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        (found,) = (
+            node
+            for node in self.cluster.worker_nodes
+            if node.all_processes["raylet"][0].process.pid == parent
+        )
+        return found
+
+
+@pytest.fixture(scope="module")
+def head(local_ray: Path) -> Iterator[Nodes]:
+    """A cluster that has only a head, without a core for workers."""
+    from ray.cluster_utils import Cluster
+
+    fast = {
+        # A killed node is found missing in seconds, not in half a minute.
+        "RAY_health_check_period_ms": "500",
+        "RAY_health_check_failure_threshold": "4",
+    }
+    with hooked_processes(**fast) as folder, pytest.MonkeyPatch.context() as patch:
+        # Else the address stands where address="auto" of other programs finds it.
+        patch.setenv("RAY_TMPDIR", str(folder / "ray"))
+        cluster = Cluster(shutdown_at_exit=True)
+        try:
+            made = Nodes(cluster, folder)
+            made.add(num_cpus=0)
+            yield made
+        finally:
+            cluster.shutdown()
+
+
+@pytest.fixture
+def nodes(head: Nodes) -> Iterator[Nodes]:
+    """The head, and no marks; what a test adds goes with it."""
+    yield head
+    for node in list(head.cluster.worker_nodes):
+        head.cluster.remove_node(node, allow_graceful=False)
+    for mark in head.marks.iterdir():
+        if mark.is_file():
+            mark.unlink()
+
+
+@pytest.fixture
+def in_peace(local_ray: Path, weights: Path) -> Iterator[Callable[[Path, Path], None]]:
+    """Does the same job on the tests' own Ray, where no worker has to wait."""
+    (local_ray / "go").touch()
+
+    def compress(source: Path, archive: Path) -> None:
+        vaestream.compress(source, archive, weights=weights, min_psnr=0.0, shard_images=1)
+
+    yield compress
+    (local_ray / "go").unlink()
+
+
+@pytest.fixture
+def start(nodes: Nodes, weights: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts `vaestream compress` on the cluster, with the small model and a shard a photo."""
+    started: list[subprocess.Popen[str]] = []
+
+    def compress(source: Path, archive: Path, *options: str) -> subprocess.Popen[str]:
+        command = command_line(source, archive, weights, "--address", nodes.address, *options)
+        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield compress
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def command_line(source: Path, archive: Path, weights: Path, *options: str) -> list[str]:
+    command = [sys.executable, "-m", "vaestream", "compress", str(source), str(archive)]
+    small = ["--weights", str(weights), "--min-psnr", "0", "--shard-images", "1"]
+    return [*command, *small, *options]
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """Wait for its end in peace; what it has told on stderr."""
+    _, told = process.communicate(timeout=240)
+    assert process.returncode == 0, told
+    return told
+
+
+def files(archive: Path) -> dict[str, bytes]:
+    """Every file of an archive, the manifest included."""
+    return {
+        str(path.relative_to(archive)): path.read_bytes()
+        for path in sorted(archive.rglob("*"))
+        if path.is_file()
+    }
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str] | None = None) -> Any:
+    """What the condition gives once it is true; an error when `process` ends before that."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        if process is not None and process.poll() is not None:
+            raise AssertionError(f"it has ended: {process.communicate()[1]}")
+        time.sleep(0.05)
+    raise AssertionError("it did not happen")
+
+
+def waiting(marks: Path) -> list[int]:
+    """Process ids of the workers that wait in mid shard."""
+    return sorted(int(path.name.removeprefix("waiting-")) for path in marks.glob("waiting-*"))
+
+
+def photos(folder: Path, count: int, wait: Sequence[int]) -> Path:
+    """Photos of which some make their worker wait."""
+    fill(folder, [f"{i}.png" for i in range(count)])
+    for i in wait:
+        (folder / f"{i}.png").write_bytes(png(i, "WAIT HERE"))
+    return folder
+
+
+def test_a_node_that_is_lost_in_mid_job_changes_nothing(
+    nodes: Nodes,
+    start: Callable[..., subprocess.Popen[str]],
+    in_peace: Callable[[Path, Path], None],
+    tmp_path: Path,
+) -> None:
+    for _ in range(2):
+        nodes.add(num_cpus=1)
+    source = photos(tmp_path / "source", 6, wait=[1])
+    driver = start(source, tmp_path / "disturbed")
+    (worker,) = wait_for(lambda: waiting(nodes.marks), driver)
+    nodes.cluster.remove_node(nodes.of_worker(worker), allow_graceful=False)
+    wait_for(lambda: not Path(f"/proc/{worker}").exists())
+    (nodes.marks / "go").touch()
+    finish(driver)
+    in_peace(source, tmp_path / "peaceful")
+    assert files(tmp_path / "disturbed") == files(tmp_path / "peaceful")
+    assert verify(str(tmp_path / "disturbed")) == []
+    assert len(vaestream.open(str(tmp_path / "disturbed"))) == 6

@@ -58,7 +58,10 @@ def prepare() -> Path:
     programs, stamp = ENVIRONMENT / "bin", ENVIRONMENT / ".ready"
     if stamp.is_file() and stamp.read_text() == REQUIREMENT:
         return programs
-    venv.create(ENVIRONMENT, clear=True, with_pip=True)
+    try:
+        venv.create(ENVIRONMENT, clear=True, with_pip=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UnavailableError(f"no virtual environment can be made: {error}") from error
     pip = [str(programs / "python"), "-m", "pip", "install", "--quiet"]
     options = ["--disable-pip-version-check", "--retries", "1", "--timeout", "15"]
     done = subprocess.run([*pip, *options, REQUIREMENT], capture_output=True, text=True)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import queue
 import re
 import signal
 import threading
@@ -9,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from vaestream.archive.manifest import Manifest, PartInfo, PartStats
@@ -104,35 +105,47 @@ class Pool:
     num_gpus: float
 
 
-def plan_pool(
-    resources: Mapping[str, float],
+def plan_pools(
+    nodes: Sequence[Mapping[str, float]],
     *,
     shards: int,
     device: Device = "auto",
     workers: int | None = None,
     gpus_per_worker: float | None = None,
-) -> Pool:
-    """Decide how many workers there are, from the cluster's `resources` (Ray's names).
+) -> list[Pool]:
+    """Decide how many workers there are, from what each node has (Ray's names for resources).
 
     On CPUs each worker has one core and one thread: entropy coding holds the interpreter's lock and
     would leave other threads idle, and with the number of threads always the same a photo's
     bitstream does not depend on the machine. On GPUs several workers share one, so that it
-    computes for one while others code; every worker still wants a core. Errors: VaestreamError for
-    device "cuda" without a GPU, and for numbers that make no sense.
+    computes for one while others code; every worker still wants a core of the GPU's node. With
+    device "auto" the cores that remain get workers too, in a pool of their own: GPUs come first,
+    in the list and where `workers` limits both. Errors: VaestreamError for device "cuda" where no
+    worker fits on a GPU, and for numbers that make no sense.
     """
     if workers is not None and workers < 1:
         raise VaestreamError(f"workers must be at least 1, not {workers}")
     if gpus_per_worker is not None and not 0 < gpus_per_worker <= 8:
         raise VaestreamError(f"GPUs per worker must lie in (0, 8], not at {gpus_per_worker:g}")
-    cpus, gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
-    if device == "cuda" and gpus == 0:
-        raise VaestreamError("device cuda: the Ray cluster has no GPU")
-    if device == "cpu" or gpus == 0:
-        most = workers or max(1, int(cpus))
-        return Pool(min(most, shards), "cpu", 1.0, 0.0)
     share = gpus_per_worker or _GPU_SHARE
-    most = workers or max(1, min(int(gpus / share), int(cpus)))
-    return Pool(min(most, shards), "cuda", 1.0, share)
+    cores = sum(int(node.get("CPU", 0.0)) for node in nodes)
+    on_gpus = sum(
+        min(int(node.get("GPU", 0.0) / share), int(node.get("CPU", 0.0))) for node in nodes
+    )
+    if device == "cuda" and not any(node.get("GPU") for node in nodes):
+        raise VaestreamError("device cuda: the Ray cluster has no GPU")
+    if device == "cuda" and not on_gpus:
+        raise VaestreamError(
+            f"device cuda: no node of the Ray cluster has {share:g} GPUs and a core for a worker"
+        )
+    most = min(workers or max(1, cores), shards)
+    pools: list[Pool] = []
+    if device != "cpu" and on_gpus:
+        pools.append(Pool(min(most, on_gpus), "cuda", 1.0, share))
+    taken = sum(pool.workers for pool in pools)
+    if device != "cuda" and most > taken:
+        pools.append(Pool(most - taken, "cpu", 1.0, 0.0))
+    return pools
 
 
 def compress(
@@ -165,8 +178,10 @@ def compress(
     sources: files, folders, globs or fsspec URLs (see `plan.list_sources`); destination: a folder
     or URL. quality (0 to 100, 50 when nothing is said), target_bpp and target_psnr exclude each
     other; min_psnr has a default that follows from them (`Settings.of`). workers, gpus_per_worker:
-    see `plan_pool`. verify: which bitstreams are decoded again before they are written. address: of
-    a Ray cluster; without it the environment's RAY_ADDRESS counts, then a Ray of this process, and
+    see `plan_pools`; on a cluster that is named by an address, nodes that join in mid job get
+    workers too, as far as `workers` allows. verify: which bitstreams are decoded again before they
+    are written. address: of a Ray cluster; without it the environment's RAY_ADDRESS counts, then a
+    Ray of this process, and
     else one is started here and ended with the job. weights: other than the shipped ones. An
     object of more than max_object_bytes gets an error row without its bytes. effort: gradient steps
     that refine each photo's latents (`Codec.compress`), a hundred times slower. progress: called as
@@ -245,11 +260,9 @@ def compress(
             place.begin(codec.weights)
             made: list[PartInfo] = []
             if work.shards:
-                with _ray(address):
-                    import ray
-
-                    pool = plan_pool(
-                        ray.cluster_resources(),  # type: ignore[no-untyped-call]
+                with _ray(address) as elastic:
+                    pools = plan_pools(
+                        _nodes(),
                         shards=len(work.shards),
                         device=device,
                         workers=workers,
@@ -262,13 +275,14 @@ def compress(
                         model_id=codec.model_id,
                         settings=settings,
                         verify=verify,
-                        device=pool.device,
+                        device="cpu",
                         threads=1,
                         max_object_bytes=max_object_bytes,
                         run_id=run_id,
                     )
                     shards = work.shards[::-1] if others else work.shards
-                    for part in _run(shards, spec, pool):
+                    most = (workers or len(shards)) if elastic else None
+                    for part in _run(shards, spec, pools, most):
                         made.append(part)
                         if progress is not None:
                             progress(_progress(shards, made, time.monotonic() - begin))
@@ -292,31 +306,102 @@ def compress(
     )
 
 
-def _run(shards: Sequence[Shard], spec: WorkerSpec, pool: Pool) -> Iterator[PartInfo]:
-    """The parts of `shards`, as they end. Long lists go in waves, as from_items is eager."""
+def _run(
+    shards: Sequence[Shard], spec: WorkerSpec, pools: Sequence[Pool], most: int | None
+) -> Iterator[PartInfo]:
+    """The parts of `shards`, as they end. Long lists go in waves, as from_items is eager.
+
+    most: up to how many workers a pool may grow; None where pools keep their size.
+    """
+    for start in range(0, len(shards), _WAVE):
+        wave = shards[start : start + _WAVE]
+        if len(pools) == 1:
+            yield from _run_pool(wave, spec, pools[0], most)
+        else:
+            yield from _run_both(wave, spec, pools, most)
+
+
+def _run_both(
+    shards: Sequence[Shard], spec: WorkerSpec, pools: Sequence[Pool], most: int | None
+) -> Iterator[PartInfo]:
+    """Two pools on the same shards, from both ends towards each other.
+
+    What one has committed the other passes over, and what one has in hand when the other gets there
+    goes to the faster (`ShardWorker`): so neither waits for the other, however fast each is, and
+    nothing has to be shared but the destination.
+    """
+    ended: queue.Queue[PartInfo | BaseException | None] = queue.Queue()
+    stop = threading.Event()
+
+    def run(ordered: Sequence[Shard], pool: Pool) -> None:
+        try:
+            for part in _run_pool(ordered, spec, pool, most):
+                ended.put(part)
+                if stop.is_set():
+                    return
+            ended.put(None)
+        except BaseException as error:
+            ended.put(error)
+
+    ways = (list(shards), list(reversed(shards)))
+    for ordered, pool in zip(ways, pools, strict=True):
+        threading.Thread(target=run, args=(ordered, pool), daemon=True).start()
+    running, done = len(pools), set[str]()
+    try:
+        # Until both have ended, so that no worker is at work when the archive is committed.
+        while running:
+            told = ended.get()
+            if isinstance(told, BaseException):
+                raise told
+            if told is None:
+                running -= 1
+            elif told.part_id not in done:
+                done.add(told.part_id)
+                yield told
+    finally:
+        stop.set()
+
+
+def _run_pool(
+    shards: Sequence[Shard], spec: WorkerSpec, pool: Pool, most: int | None
+) -> Iterator[PartInfo]:
     import ray.data
     from ray.exceptions import RayError
 
-    for start in range(0, len(shards), _WAVE):
-        wave = make_batch(shards[start : start + _WAVE])
-        # A block is a shard: a worker's death repeats one shard, and each reports as it ends.
-        dataset = ray.data.from_items(wave, override_num_blocks=len(wave))
-        dataset.context.enable_progress_bars = False
-        parts = dataset.map_batches(
-            ShardWorker,
-            fn_constructor_args=(spec,),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(
-                size=min(pool.workers, len(wave)), max_tasks_in_flight_per_actor=1
-            ),
-            num_cpus=pool.num_cpus,
-            num_gpus=pool.num_gpus,
-        )
-        try:
-            for row in parts.iter_rows():
-                yield part_of(row["part"])
-        except RayError as error:
-            raise _cause(error) from error
+    wave = make_batch(shards)
+    # A block is a shard: a worker's death repeats one shard, and each reports as it ends.
+    dataset = ray.data.from_items(wave, override_num_blocks=len(wave))
+    dataset.context.enable_progress_bars = False
+    size = min(pool.workers, len(wave))
+    limit = size if most is None else max(size, min(most, len(wave)))
+    # With one shard in flight a worker is never busier than this: then the pool may grow.
+    dataset.context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
+    parts = dataset.map_batches(
+        ShardWorker,
+        fn_constructor_args=(replace(spec, device=pool.device),),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(
+            min_size=size if most is None else 1,
+            max_size=limit,
+            initial_size=size,
+            max_tasks_in_flight_per_actor=1,
+        ),
+        num_cpus=pool.num_cpus,
+        num_gpus=pool.num_gpus,
+    )
+    try:
+        for row in parts.iter_rows():
+            yield part_of(row["part"])
+    except RayError as error:
+        raise _cause(error) from error
+
+
+def _nodes() -> list[Mapping[str, float]]:
+    """What each node of the cluster has."""
+    import ray
+
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node["Resources"] for node in nodes if node["Alive"]]
 
 
 def _cause(error: BaseException) -> VaestreamError:
@@ -327,15 +412,16 @@ def _cause(error: BaseException) -> VaestreamError:
 
 
 @contextmanager
-def _ray(address: str | None) -> Iterator[None]:
-    """A Ray to work with; one that was started here ends here."""
+def _ray(address: str | None) -> Iterator[bool]:
+    """A Ray to work with; one that was started here ends here. Gives whether it is a cluster that
+    was named, which may grow."""
     # Ray Data sets its loggers up when it is imported: first that, then their level.
     import ray.data
 
-    if ray.is_initialized():
-        yield
-        return
     where = address or os.environ.get("RAY_ADDRESS") or "local"
+    if ray.is_initialized():
+        yield where != "local"
+        return
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if where == "local":
         # Only descriptions of shards pass through the object store.
@@ -353,7 +439,7 @@ def _ray(address: str | None) -> Iterator[None]:
         if main and handler is not None:
             # Ray puts its own in place, which ends the process without a word.
             signal.signal(signal.SIGTERM, handler)
-        yield
+        yield where != "local"
     except ConnectionError as error:
         raise VaestreamError(f"no Ray cluster at {where}: {error}") from error
     finally:

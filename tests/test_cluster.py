@@ -1,5 +1,7 @@
 """The job on Ray clusters of several nodes, all of them on this machine."""
 
+import secrets
+import socket
 import subprocess
 import sys
 import time
@@ -35,7 +37,7 @@ class Nodes:
 
     def of_worker(self, pid: int) -> Any:
         """The node on which a worker runs: it is a child of that node's raylet."""
-        parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        parent = parent_of(pid)
         (found,) = (
             node
             for node in self.cluster.worker_nodes
@@ -134,7 +136,7 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str] | None
         if found := condition():
             return found
         if process is not None and process.poll() is not None:
-            raise AssertionError(f"it has ended: {process.communicate()[1]}")
+            raise AssertionError(f"it has ended: {process.communicate()}")
         time.sleep(0.05)
     raise AssertionError("it did not happen")
 
@@ -142,6 +144,10 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str] | None
 def waiting(marks: Path) -> list[int]:
     """Process ids of the workers that wait in mid shard."""
     return sorted(int(path.name.removeprefix("waiting-")) for path in marks.glob("waiting-*"))
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
 
 
 def photos(folder: Path, count: int, wait: Sequence[int]) -> Path:
@@ -171,3 +177,84 @@ def test_a_node_that_is_lost_in_mid_job_changes_nothing(
     assert files(tmp_path / "disturbed") == files(tmp_path / "peaceful")
     assert verify(str(tmp_path / "disturbed")) == []
     assert len(vaestream.open(str(tmp_path / "disturbed"))) == 6
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def test_a_submitted_job_uses_the_cluster_it_runs_in(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("aiohttp_cors", reason="ray[default] is not installed")
+    ray = str(Path(sys.executable).with_name("ray"))
+    source = photos(tmp_path / "source", 2, wait=[1])
+    ports = ["port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port"]
+    chosen = {name: free_port() for name in ports}
+    # The token as docs/cluster.md has it, but in the environment: tests write to no home folder.
+    secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with hooked_processes(**secret) as folder:
+        command = [ray, "start", "--head", "--block", "--num-cpus=1", "--disable-usage-stats"]
+        options = [f"--{name}={port}" for name, port in chosen.items()]
+        store = ["--object-store-memory=100000000", f"--temp-dir={folder / 'ray'}"]
+        with (tmp_path / "head").open("w") as log:
+            head = subprocess.Popen([*command, *options, *store], stdout=log, stderr=log)
+        try:
+            dashboard = f"http://127.0.0.1:{chosen['dashboard-port']}"
+            wait_for(lambda: "Ray runtime started" in (tmp_path / "head").read_text(), head)
+            submit = [ray, "job", "submit", f"--address={dashboard}", "--"]
+            compress = command_line(source, tmp_path / "archive", weights, "--json")
+            job = subprocess.Popen(
+                [*submit, *compress], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+            (worker,) = wait_for(lambda: waiting(folder), job)
+            # A Ray of its own would have a raylet of its own.
+            raylet = Path(f"/proc/{parent_of(worker)}/cmdline").read_bytes()
+            assert str(chosen["port"]).encode() in raylet
+            (folder / "go").touch()
+            told, _ = job.communicate(timeout=240)
+            assert job.returncode == 0 and '"objects": 2' in told, told
+        finally:
+            head.terminate()
+            try:
+                head.wait(60)
+            except subprocess.TimeoutExpired:
+                head.kill()
+    assert verify(str(tmp_path / "archive")) == []
+
+
+def test_a_node_that_joins_in_mid_job_takes_work(
+    nodes: Nodes, start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    nodes.add(num_cpus=1)
+    source = photos(tmp_path / "source", 8, wait=range(8))
+    driver = start(source, tmp_path / "archive")
+    (first,) = wait_for(lambda: waiting(nodes.marks), driver)
+    joined = nodes.add(num_cpus=1)
+    both = wait_for(lambda: len(found := waiting(nodes.marks)) == 2 and found, driver)
+    (second,) = set(both) - {first}
+    assert nodes.of_worker(second) is joined
+    (nodes.marks / "go").touch()
+    finish(driver)
+    assert len(vaestream.open(str(tmp_path / "archive"))) == 8
+
+
+def test_cpus_and_gpus_work_on_one_job(
+    nodes: Nodes, start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    (nodes.marks / "fake-gpus").touch()
+    on_gpu = nodes.add(num_cpus=1, num_gpus=1)
+    on_cpu = nodes.add(num_cpus=1)
+    source = photos(tmp_path / "source", 6, wait=[0, 5])
+    driver = start(source, tmp_path / "archive")
+    workers = wait_for(lambda: len(found := waiting(nodes.marks)) == 2 and found, driver)
+    found = {str(nodes.of_worker(pid).node_id): pid for pid in workers}
+    assert (nodes.marks / f"cuda-{found[str(on_gpu.node_id)]}").exists()
+    assert (nodes.marks / f"cpu-{found[str(on_cpu.node_id)]}").exists()
+    (nodes.marks / "go").touch()
+    finish(driver)
+    assert verify(str(tmp_path / "archive")) == []
+    assert len(vaestream.open(str(tmp_path / "archive"))) == 6

@@ -21,9 +21,9 @@ import vaestream
 from vaestream.archive.manifest import read_manifest
 from vaestream.archive.verify import verify
 from vaestream.errors import ArchiveError, SettingsMismatchError, VaestreamError
-from vaestream.pipeline import job
+from vaestream.pipeline.cluster import cause_of, plan_pools
 from vaestream.pipeline.destination import Destination
-from vaestream.pipeline.job import Progress, Summary, plan_pool
+from vaestream.pipeline.job import Progress, Summary
 
 
 @pytest.fixture
@@ -342,17 +342,30 @@ def test_wrong_options_are_refused_before_anything_is_written(
 
 def test_workers_follow_from_what_the_cluster_has() -> None:
     cpus, gpus = {"CPU": 4.0}, {"CPU": 16.0, "GPU": 2.0}
-    assert plan_pool(cpus, shards=100).workers == 4
-    assert plan_pool(cpus, shards=3).workers == 3
-    assert plan_pool(cpus, shards=100, workers=2).workers == 2
-    pool = plan_pool(gpus, shards=100)
-    assert (pool.device, pool.workers, pool.num_gpus) == ("cuda", 8, 0.25)
-    assert plan_pool(gpus, shards=100, gpus_per_worker=1.0).workers == 2
-    assert plan_pool(gpus, shards=100, device="cpu").device == "cpu"
-    with pytest.raises(VaestreamError, match="no GPU"):
-        plan_pool(cpus, shards=1, device="cuda")
+
+    def planned(*nodes: dict[str, float], shards: int = 100, **options: Any) -> dict[str, int]:
+        pools = plan_pools(nodes, shards=shards, **options)
+        assert all(pool.num_gpus == 0 for pool in pools if pool.device == "cpu")
+        return {pool.device: pool.workers for pool in pools}
+
+    assert planned(cpus) == {"cpu": 4}
+    assert planned(cpus, shards=3) == {"cpu": 3}
+    assert planned(cpus, workers=2) == {"cpu": 2}
+    assert planned(gpus) == {"cuda": 8, "cpu": 8}
+    assert planned(gpus, cpus, {"memory": 1.0}) == {"cuda": 8, "cpu": 12}
+    assert planned(gpus, cpus, workers=9) == {"cuda": 8, "cpu": 1}
+    assert planned(gpus, cpus, shards=5) == planned(gpus, workers=5) == {"cuda": 5}
+    assert planned(gpus, cpus, device="cuda") == {"cuda": 8}
+    assert planned(gpus, cpus, device="cpu") == {"cpu": 20}
+    assert planned(gpus, gpus_per_worker=1.0) == {"cuda": 2, "cpu": 14}
+    # A worker on a GPU needs a core of the same node.
+    assert planned({"CPU": 2.0, "GPU": 4.0}, cpus) == {"cuda": 2, "cpu": 4}
+    assert planned({"GPU": 1.0}, cpus) == {"cpu": 4}
+    for nodes, reason in (((cpus,), "no GPU"), (({"GPU": 1.0}, cpus), "and a core")):
+        with pytest.raises(VaestreamError, match=reason):
+            plan_pools(nodes, shards=1, device="cuda")
     with pytest.raises(VaestreamError, match="at least 1"):
-        plan_pool(cpus, shards=1, workers=0)
+        plan_pools([cpus], shards=1, workers=0)
 
 
 @pytest.mark.parametrize("folder", ["odd", "camera"])
@@ -398,9 +411,9 @@ The above exception was the direct cause of the following exception:
 
 ray.exceptions.UserCodeException: UDF failed to process a data block.
 To change retry attempts, configure `DataContext` (`retried_io_errors` for I/O)."""
-    told = str(job._cause(RuntimeError(text)))
+    told = str(cause_of(RuntimeError(text)))
     assert told == "the Ray job failed: ModuleNotFoundError: No module named 's3fs'"
-    assert str(job._cause(RuntimeError("the node\nis gone"))) == "the Ray job failed: is gone"
+    assert str(cause_of(RuntimeError("the node\nis gone"))) == "the Ray job failed: is gone"
 
 
 def test_names_may_hold_what_fsspec_takes_for_a_chain(

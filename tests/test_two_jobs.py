@@ -45,11 +45,12 @@ def files(archive: Path) -> dict[str, bytes]:
 
 
 def once(act: Callable[[], Any]) -> Callable[[Progress], None]:
-    """Does something in mid job: when its first shard has ended."""
+    """Does something in mid job: when its first shard has ended, and never again."""
+    left = [act]
 
     def progress(now: Progress) -> None:
-        if now.done_shards == 1:
-            act()
+        if left:
+            left.pop()()
 
     return progress
 

@@ -2,6 +2,8 @@
 
 A source that holds the bytes KILL ME kills the process that loads it. One that holds WAIT HERE
 leaves a file with the process's id in the hook folder and waits there for a file named "go".
+Where the folder has a file named "fake-gpus", a worker for a GPU notes so there ("cuda-" and its
+id) and computes on the CPU.
 """
 
 import importlib.util
@@ -30,13 +32,28 @@ def hook(images):
     images.load = hooked
 
 
+def hook_worker(worker):
+    load_codec = worker.load_codec
+    folder = Path(os.environ["VAESTREAM_HOOK_FOLDER"])
+
+    def hooked(fs, root, model_id, *, device):
+        if (folder / "fake-gpus").exists():
+            (folder / f"{device}-{os.getpid()}").touch()
+            device = "cpu"
+        return load_codec(fs, root, model_id, device=device)
+
+    worker.load_codec = hooked
+
+
 class Finder:
-    """Puts the hook in when vaestream.images is imported, and costs other processes nothing."""
+    """Puts hooks in when their modules are imported, and costs other processes nothing."""
+
+    hooks = {"vaestream.images": hook, "vaestream.pipeline.worker": hook_worker}  # noqa: RUF012
 
     def find_spec(self, name, path=None, target=None):
-        if name != "vaestream.images":
+        hook = self.hooks.pop(name, None)
+        if hook is None:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         execute = spec.loader.exec_module
 

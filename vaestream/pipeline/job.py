@@ -2,38 +2,37 @@
 
 import logging
 import os
-import re
-import signal
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 from vaestream.archive.manifest import Manifest, PartInfo, PartStats
 from vaestream.archive.reader import open_archive
 from vaestream.errors import ArchiveError, VaestreamError
+from vaestream.pipeline.cluster import (
+    Device,
+    cluster_nodes,
+    plan_pools,
+    ray_session,
+    run_shards,
+)
 from vaestream.pipeline.compressor import Settings, Verify
 from vaestream.pipeline.lease import Lease
-from vaestream.pipeline.listing import Listing
 from vaestream.pipeline.plan import Shard
 from vaestream.pipeline.prepare import Paths, prepare
 from vaestream.pipeline.stores import options_for
 from vaestream.pipeline.work import Counts, Work
-from vaestream.pipeline.worker import ShardWorker, WorkerSpec, make_batch, part_of
-
-Device = Literal["auto", "cpu", "cuda"]
+from vaestream.pipeline.worker import WorkerSpec
 
 _LOG = logging.getLogger("vaestream")
 _WAVE = 1024
 _ROUNDS = 10
-_OBJECT_STORE_BYTES = 128 << 20
-_GPU_SHARE = 0.25
-_ERROR_LINE = re.compile(r"(?!ray\.)[A-Za-z_][\w.]*: ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,47 +103,6 @@ class Summary:
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True)
-class Pool:
-    """Workers of a job and what each of them is given."""
-
-    workers: int
-    device: Literal["cpu", "cuda"]
-    num_cpus: float
-    num_gpus: float
-
-
-def plan_pool(
-    resources: Mapping[str, float],
-    *,
-    shards: int,
-    device: Device = "auto",
-    workers: int | None = None,
-    gpus_per_worker: float | None = None,
-) -> Pool:
-    """Decide how many workers there are, from the cluster's `resources` (Ray's names).
-
-    On CPUs each worker has one core and one thread: entropy coding holds the interpreter's lock and
-    would leave other threads idle, and with the number of threads always the same a photo's
-    bitstream does not depend on the machine. On GPUs several workers share one, so that it
-    computes for one while others code; every worker still wants a core. Errors: VaestreamError for
-    device "cuda" without a GPU, and for numbers that make no sense.
-    """
-    if workers is not None and workers < 1:
-        raise VaestreamError(f"workers must be at least 1, not {workers}")
-    if gpus_per_worker is not None and not 0 < gpus_per_worker <= 8:
-        raise VaestreamError(f"GPUs per worker must lie in (0, 8], not at {gpus_per_worker:g}")
-    cpus, gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
-    if device == "cuda" and gpus == 0:
-        raise VaestreamError("device cuda: the Ray cluster has no GPU")
-    if device == "cpu" or gpus == 0:
-        most = workers or max(1, int(cpus))
-        return Pool(min(most, shards), "cpu", 1.0, 0.0)
-    share = gpus_per_worker or _GPU_SHARE
-    most = workers or max(1, min(int(gpus / share), int(cpus)))
-    return Pool(min(most, shards), "cuda", 1.0, share)
-
-
 def compress(
     sources: Paths,
     destination: str | os.PathLike[str],
@@ -175,12 +133,13 @@ def compress(
     sources: files, folders, globs or fsspec URLs, and tars, zips, Parquet files and lists (see
     `listing.list_sources`); destination: a folder or URL. quality (0 to 100, 50 when nothing is
     said), target_bpp and target_psnr exclude each other; min_psnr has a default that follows from
-    them (`Settings.of`). workers, gpus_per_worker: see `plan_pool`. verify: which bitstreams are
-    decoded again before they are written. address: of a Ray cluster; without it the environment's
-    RAY_ADDRESS counts, then a Ray of this process, and else one is started here and ended with the
-    job. weights: other than the shipped ones. An object of more than max_object_bytes gets an error
-    row without its bytes. effort: gradient steps that refine each photo's latents
-    (`Codec.compress`), a hundred times slower. progress: called as shards end.
+    them (`Settings.of`). workers, gpus_per_worker: see `cluster.plan_pools`; on a cluster that is
+    named by an address, nodes that join in mid job get workers too, as far as `workers` allows.
+    verify: which bitstreams are decoded again before they are written. address: of a Ray cluster;
+    without it the environment's RAY_ADDRESS counts, then a Ray of this process, and else one is
+    started here and ended with the job. weights: other than the shipped ones. An object of more
+    than max_object_bytes gets an error row without its bytes. effort: gradient steps that refine
+    each photo's latents (`Codec.compress`), a hundred times slower. progress: called as shards end.
 
     Every object of the sources gets one row, whatever it is. Run again with the same arguments,
     the job goes on where it was, or finds that all is done; new objects make new parts. An object
@@ -243,11 +202,9 @@ def compress(
                 place.begin(codec.weights)
                 made: list[PartInfo] = []
                 if waves.first:
-                    with _ray(address):
-                        import ray
-
-                        pool = plan_pool(
-                            ray.cluster_resources(),  # type: ignore[no-untyped-call]
+                    with ray_session(address) as elastic:
+                        pools = plan_pools(
+                            cluster_nodes(),
                             shards=len(waves.first),
                             device=device,
                             workers=workers,
@@ -260,16 +217,19 @@ def compress(
                             model_id=codec.model_id,
                             settings=settings,
                             verify=verify,
-                            device=pool.device,
+                            device="cpu",
                             threads=1,
                             max_object_bytes=max_object_bytes,
                             run_id=run_id,
                         )
-                        backwards = bool(others)
-                        for part in _run(waves, prepared.listing, spec, pool, backwards=backwards):
-                            made.append(part)
-                            if progress is not None:
-                                progress(waves.progress(made, time.monotonic() - begin))
+                        for wave in waves:
+                            shards = wave[::-1] if others else wave
+                            found = replace(spec, stores=tuple(prepared.listing.stores))
+                            most = (workers or len(shards)) if elastic else None
+                            for part in run_shards(shards, found, pools, most):
+                                made.append(part)
+                                if progress is not None:
+                                    progress(waves.progress(made, time.monotonic() - begin))
             new += (part for part in made if part.part_id not in waves.rewritten)
             with lease.turn():
                 if place.commit(
@@ -353,77 +313,6 @@ class _Waves:
         self.objects += sum(len(shard.objects) for shard in wave)
         self.listed = len(wave) < _WAVE
         return wave
-
-
-def _run(
-    waves: _Waves, listing: Listing, spec: WorkerSpec, pool: Pool, *, backwards: bool
-) -> Iterator[PartInfo]:
-    """The parts of all shards, as they end; each wave begins with its last one if `backwards`."""
-    import ray.data
-    from ray.exceptions import RayError
-
-    for shards in waves:
-        wave = make_batch(shards[::-1] if backwards else shards)
-        # A block is a shard: a worker's death repeats one shard, and each reports as it ends.
-        dataset = ray.data.from_items(wave, override_num_blocks=len(wave))
-        dataset.context.enable_progress_bars = False
-        parts = dataset.map_batches(
-            ShardWorker,
-            fn_constructor_args=(replace(spec, stores=tuple(listing.stores)),),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(
-                size=min(pool.workers, len(wave)), max_tasks_in_flight_per_actor=1
-            ),
-            num_cpus=pool.num_cpus,
-            num_gpus=pool.num_gpus,
-        )
-        try:
-            for row in parts.iter_rows():
-                yield part_of(row["part"])
-        except RayError as error:
-            raise _cause(error) from error
-
-
-def _cause(error: BaseException) -> VaestreamError:
-    """What is behind an error of Ray's, in a line: the last one told of that is not Ray's own."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    told = [line for line in lines if _ERROR_LINE.match(line)]
-    return VaestreamError(f"the Ray job failed: {(told or lines)[-1]}")
-
-
-@contextmanager
-def _ray(address: str | None) -> Iterator[None]:
-    """A Ray to work with; one that was started here ends here."""
-    # Ray Data sets its loggers up when it is imported: first that, then their level.
-    import ray.data
-
-    if ray.is_initialized():
-        yield
-        return
-    where = address or os.environ.get("RAY_ADDRESS") or "local"
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if where == "local":
-        # Only descriptions of shards pass through the object store.
-        options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Ray's core writes errors that are none to stderr, past every logger.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGTERM) if main else None
-    logger = logging.getLogger("ray.data")
-    level = logger.level
-    try:
-        logger.setLevel(logging.ERROR)
-        ray.init(address=where, **options)
-        if main and handler is not None:
-            # Ray puts its own in place, which ends the process without a word.
-            signal.signal(signal.SIGTERM, handler)
-        yield
-    except ConnectionError as error:
-        raise VaestreamError(f"no Ray cluster at {where}: {error}") from error
-    finally:
-        logger.setLevel(level)
-        ray.shutdown()
 
 
 def _errors(url: str, storage_options: Mapping[str, Any] | None) -> list[tuple[str, str]]:

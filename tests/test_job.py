@@ -21,6 +21,7 @@ import vaestream
 from vaestream.archive.manifest import read_manifest
 from vaestream.archive.verify import verify
 from vaestream.errors import ArchiveError, SettingsMismatchError, VaestreamError
+from vaestream.pipeline import job
 from vaestream.pipeline.cluster import cause_of, plan_pools
 from vaestream.pipeline.destination import Destination
 from vaestream.pipeline.job import Progress, Summary
@@ -101,7 +102,7 @@ def test_a_finished_job_does_nothing_and_starts_no_ray(
     source = fill(tmp_path / "source", ["a.png", "b.png", "c.png"])
     first = run(source, tmp_path / "archive")
     before = files(tmp_path / "archive")
-    monkeypatch.setattr(job, "_ray", lambda address: pytest.fail("Ray was asked for"))
+    monkeypatch.setattr(job, "ray_session", lambda address: pytest.fail("Ray was asked for"))
     second = run(source, tmp_path / "archive")
     assert second.up_to_date and not first.up_to_date
     assert (second.objects, second.source_bytes) == (first.objects, first.source_bytes)

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -25,7 +25,7 @@ from vaestream.pipeline.cluster import (
 from vaestream.pipeline.compressor import Settings, Verify
 from vaestream.pipeline.lease import Lease
 from vaestream.pipeline.plan import Shard
-from vaestream.pipeline.prepare import Paths, prepare
+from vaestream.pipeline.prepare import Paths, Prepared, prepare
 from vaestream.pipeline.stores import options_for
 from vaestream.pipeline.work import Counts, Work
 from vaestream.pipeline.worker import WorkerSpec
@@ -169,7 +169,7 @@ def compress(
     if max_object_bytes < 1:
         raise VaestreamError("object bytes must be at least 1")
     new: list[PartInfo] = []
-    run_id = uuid.uuid4().hex
+    crew = _Crew(address, device, workers, gpus_per_worker, verify, max_object_bytes)
     lease: Lease | None = None
     with ExitStack() as stack:
         for _ in range(_ROUNDS):
@@ -190,7 +190,7 @@ def compress(
                 if not waves.first and place.is_finished(work):
                     break
                 if lease is None:
-                    lease = stack.enter_context(Lease(place.fs, place.root, run_id))
+                    lease = stack.enter_context(Lease(place.fs, place.root, crew.run_id))
                 others = lease.others()
                 if others:
                     _LOG.warning(
@@ -201,35 +201,10 @@ def compress(
                     )
                 place.begin(codec.weights)
                 made: list[PartInfo] = []
-                if waves.first:
-                    with ray_session(address) as elastic:
-                        pools = plan_pools(
-                            cluster_nodes(),
-                            shards=len(waves.first),
-                            device=device,
-                            workers=workers,
-                            gpus_per_worker=gpus_per_worker,
-                        )
-                        spec = WorkerSpec(
-                            stores=(),
-                            fs=place.fs,
-                            root=place.root,
-                            model_id=codec.model_id,
-                            settings=settings,
-                            verify=verify,
-                            device="cpu",
-                            threads=1,
-                            max_object_bytes=max_object_bytes,
-                            run_id=run_id,
-                        )
-                        for wave in waves:
-                            shards = wave[::-1] if others else wave
-                            found = replace(spec, stores=tuple(prepared.listing.stores))
-                            most = (workers or len(shards)) if elastic else None
-                            for part in run_shards(shards, found, pools, most):
-                                made.append(part)
-                                if progress is not None:
-                                    progress(waves.progress(made, time.monotonic() - begin))
+                for part in crew.make(prepared, waves, backwards=bool(others)):
+                    made.append(part)
+                    if progress is not None:
+                        progress(waves.progress(made, time.monotonic() - begin))
             new += (part for part in made if part.part_id not in waves.rewritten)
             with lease.turn():
                 if place.commit(
@@ -253,6 +228,48 @@ def compress(
         up_to_date=lease is None,
         errors=_errors(prepared.url, storage_options) if place.manifest.totals.errors else [],
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Crew:
+    """Who does the work: the arguments of `compress` that no row depends on."""
+
+    address: str | None
+    device: Device
+    workers: int | None
+    gpus_per_worker: float | None
+    verify: Verify
+    max_object_bytes: int
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def make(self, prepared: Prepared, waves: "_Waves", *, backwards: bool) -> Iterator[PartInfo]:
+        """The parts of all shards, as they end; each wave begins with its last if `backwards`."""
+        if not waves.first:
+            return
+        with ray_session(self.address) as elastic:
+            pools = plan_pools(
+                cluster_nodes(),
+                shards=len(waves.first),
+                device=self.device,
+                workers=self.workers,
+                gpus_per_worker=self.gpus_per_worker,
+            )
+            for wave in waves:
+                spec = WorkerSpec(
+                    stores=tuple(prepared.listing.stores),
+                    fs=prepared.place.fs,
+                    root=prepared.place.root,
+                    model_id=prepared.codec.model_id,
+                    settings=prepared.settings,
+                    verify=self.verify,
+                    device="cpu",
+                    threads=1,
+                    max_object_bytes=self.max_object_bytes,
+                    run_id=self.run_id,
+                )
+                shards = wave[::-1] if backwards else wave
+                most = (self.workers or len(shards)) if elastic else None
+                yield from run_shards(shards, spec, pools, most)
 
 
 class _Waves:

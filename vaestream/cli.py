@@ -207,13 +207,16 @@ def extract(args: argparse.Namespace) -> int:
         args.destination,
         args.keys,
         format=args.format,
+        workers=args.workers,
+        address=args.address,
         storage_options=args.storage_options,
     )
     for key, reason in result.failures.items():
         print(f"vaestream: {_shown(key)}: {_shown(reason)}", file=sys.stderr)
     print(
         f"{result.decoded} photos decoded, {result.verbatim} objects as they were, "
-        f"{len(result.failures)} not written"
+        + (f"{result.earlier} written earlier, " if result.earlier else "")
+        + f"{len(result.failures)} not written"
     )
     return SOME_FAILED if result.failures else OK
 
@@ -440,6 +443,8 @@ def _extract_arguments(parser: argparse.ArgumentParser) -> None:
         help="of decoded photos (default png); source: as their sources. Kept sources come out "
         "byte for byte",
     )
+    add("--workers", type=int, metavar="N", help="Ray workers; 0: none, whatever there is to write")
+    add("--address", metavar="RAY", help="Ray cluster; default: RAY_ADDRESS, or a local Ray")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     _storage_argument(parser)
     parser.set_defaults(run=extract)

@@ -81,7 +81,8 @@ class Archive:
     read is checked against its SHA-256 before it is decoded. Reading is safe from several threads,
     from forked processes, and in others that get the archive pickled.
 
-    url, storage_options: as they were given. manifest: what the archive is made of.
+    url, storage_options, device: as they were given; the device counts when the model is loaded,
+    with the first photo. manifest: what the archive is made of.
     index: the table of docs/archive-format.md, rows ascending by key.
     """
 
@@ -93,7 +94,7 @@ class Archive:
         storage_options: dict[str, Any] | None = None,
     ) -> None:
         self.url = os.fspath(url)
-        self._device = device
+        self.device = device
         self.storage_options = storage_options
         self._connect()
         self.manifest: Manifest = read_manifest(self._fs, self._root)
@@ -120,7 +121,7 @@ class Archive:
             return index_of(self._fs, self._root, [part.name for part in self.manifest.parts])
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("url", "_device", "storage_options", "manifest", "index")
+        names = ("url", "device", "storage_options", "manifest", "index")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -242,7 +243,7 @@ class Archive:
                 model_id = self.manifest.model_id
                 if model_id is None:
                     raise ArchiveError(f"{self.url}: holds no model")
-                self._codec = load_codec(self._fs, self._root, model_id, device=self._device)
+                self._codec = load_codec(self._fs, self._root, model_id, device=self.device)
             return self._codec
 
     # --- inside ------------------------------------------------------------------------------

@@ -134,20 +134,34 @@ def _run_both(
 def _run_pool(
     shards: Sequence[Shard], spec: WorkerSpec, pool: Pool, most: int | None
 ) -> Iterator[PartInfo]:
+    rows = make_batch(shards)
+    spec = replace(spec, device=pool.device)
+    return (part_of(row["part"]) for row in map_rows(ShardWorker, (spec,), rows, pool, most))
+
+
+def map_rows(
+    worker: type,
+    args: tuple[object, ...],
+    rows: Sequence[Mapping[str, Any]],
+    pool: Pool,
+    most: int | None,
+) -> Iterator[dict[str, Any]]:
+    """What `worker(*args)`, called with batches of one row in the pool's processes, makes of
+    `rows`, in any order, each as it ends. most: as for `run_shards`. Errors: VaestreamError with
+    Ray's reason."""
     import ray.data
     from ray.exceptions import RayError
 
-    wave = make_batch(shards)
-    # A block is a shard: a worker's death repeats one shard, and each reports as it ends.
-    dataset = ray.data.from_items(wave, override_num_blocks=len(wave))
+    # A block is a row: a worker's death repeats one row, and each reports as it ends.
+    dataset = ray.data.from_items(list(rows), override_num_blocks=len(rows))
     dataset.context.enable_progress_bars = False
-    size = min(pool.workers, len(wave))
-    limit = size if most is None else max(size, min(most, len(wave)))
-    # With one shard in flight a worker is never busier than this: then the pool may grow.
+    size = min(pool.workers, len(rows))
+    limit = size if most is None else max(size, min(most, len(rows)))
+    # With one row in flight a worker is never busier than this: then the pool may grow.
     dataset.context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
-    parts = dataset.map_batches(
-        ShardWorker,
-        fn_constructor_args=(replace(spec, device=pool.device),),
+    results = dataset.map_batches(
+        worker,
+        fn_constructor_args=args,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(
             min_size=size if most is None else 1,
@@ -159,8 +173,7 @@ def _run_pool(
         num_gpus=pool.num_gpus,
     )
     try:
-        for row in parts.iter_rows():
-            yield part_of(row["part"])
+        yield from results.iter_rows()
     except RayError as error:
         raise cause_of(error) from error
 

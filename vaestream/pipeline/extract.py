@@ -1,20 +1,25 @@
 """Photos out of an archive into files, in any store."""
 
 import errno
+import hashlib
 import io
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+import numpy as np
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from vaestream import images
 from vaestream.archive.reader import Archive
 from vaestream.archive.schema import RowInfo
-from vaestream.archive.storage import join, put_bytes
+from vaestream.archive.storage import join, put_bytes, read_bytes, remove_folder
 from vaestream.errors import ArchiveError, VaestreamError
 from vaestream.pipeline.plan import safe_key
 from vaestream.pipeline.stores import store_of
@@ -28,6 +33,9 @@ _ENDINGS: dict[str, tuple[str, ...]] = {
 }
 _NO_MORE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})
 """Errors after which no other file can be written either."""
+_NOTES = ".vaestream-extract"
+"""Folder in the destination for what only a running extraction needs."""
+_CHUNK = 256
 _BATCH_PIXELS = 32_000_000
 _BATCH_BYTES = 64 << 20
 _BATCH_ROWS = 64
@@ -36,11 +44,20 @@ _BATCH_ROWS = 64
 @dataclass(slots=True)
 class Extracted:
     """What became of the rows: decoded and written, source bytes written as they are (those of
-    broken objects too), and the key and reason of each that could not be written."""
+    broken objects too), passed over as an interrupted run has written them, and the key and reason
+    of each that could not be written."""
 
     decoded: int = 0
     verbatim: int = 0
+    earlier: int = 0
     failures: dict[str, str] = field(default_factory=dict)
+
+    def add(self, other: "Extracted") -> None:
+        """Count in what became of other rows."""
+        self.decoded += other.decoded
+        self.verbatim += other.verbatim
+        self.earlier += other.earlier
+        self.failures.update(other.failures)
 
 
 def extract(
@@ -49,6 +66,8 @@ def extract(
     keys: Sequence[str] = (),
     *,
     format: Format | None = None,
+    workers: int | None = None,
+    address: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
     progress: Callable[[Extracted], None] | None = None,
 ) -> Extracted:
@@ -63,6 +82,10 @@ def extract(
     too. Each file is written whole or not at all, and none outside `destination`: names that point
     elsewhere are written as `plan.safe_key` has it.
 
+    More than 256 rows are divided among the workers of a Ray job, as many as `cluster.plan_pools`
+    says; fewer, or with workers=0 all, are written by this process. Run again after an interruption
+    with the same archive, keys and format, it goes on where it was.
+
     Errors: ArchiveError for a key that is not there, and for a destination that cannot be written
     or is full; what is wrong with single rows is in the result.
     """
@@ -72,13 +95,81 @@ def extract(
             os.makedirs(root, exist_ok=True)
         except OSError as error:
             raise ArchiveError(f"{root}: cannot be written: {error}") from error
-    names = _Names(archive, format)
+    chosen = _chosen(archive, keys)
+    chunks = [chosen[start : start + _CHUNK] for start in range(0, len(chosen), _CHUNK)]
+    writer = ChunkWriter(archive, fs, root, format, _CHUNK)
     result = Extracted()
-    for batch in _batches(archive, _chosen(archive, keys)):
-        _extract_batch(archive, batch, names, fs, root, result)
+    for part in _in_turn(writer, chunks, workers, address):
+        result.add(part)
         if progress is not None:
             progress(result)
+    remove_folder(fs, join(root, _NOTES))
     return result
+
+
+def _in_turn(
+    writer: "ChunkWriter", chunks: Sequence[Sequence[str]], workers: int | None, address: str | None
+) -> Iterator[Extracted]:
+    if workers == 0 or (len(chunks) <= 1 and workers is None and address is None):
+        yield from map(writer.write, chunks)
+        return
+    from vaestream.pipeline.cluster import cluster_nodes, map_rows, plan_pools, ray_session
+
+    rows = [{"keys": json.dumps(chunk)} for chunk in chunks]
+    with ray_session(address):
+        (pool, *_) = plan_pools(cluster_nodes(), shards=len(chunks), workers=workers)
+        for row in map_rows(_ExtractWorker, (writer, pool.device), rows, pool, None):
+            told = json.loads(row["told"])
+            if "error" in told:
+                raise ArchiveError(told["error"])
+            yield Extracted(**told)
+
+
+class ChunkWriter:
+    """Writes the files of some rows; picklable. A chunk of `size` rows leaves a note when it is
+    written."""
+
+    def __init__(
+        self, archive: Archive, fs: AbstractFileSystem, root: str, format: Format | None, size: int
+    ) -> None:
+        self.archive, self._size = archive, size
+        self._fs, self._root, self._format = fs, root, format
+        self._names = _Names(archive, format)
+
+    def write(self, keys: Sequence[str]) -> Extracted:
+        """Write the files of these rows, unless their note says that they are written."""
+        index = self.archive.manifest.index_sha256
+        chunk = json.dumps([index, self._format, list(keys)]).encode()
+        note = join(self._root, f"{_NOTES}/{hashlib.sha256(chunk).hexdigest()[:32]}")
+        with suppress(FileNotFoundError, ValueError):
+            failures = json.loads(read_bytes(self._fs, note))
+            return Extracted(earlier=len(keys) - len(failures), failures=failures)
+        result = Extracted()
+        for batch in _batches(self.archive, keys):
+            _extract_batch(self.archive, batch, self._names, self._fs, self._root, result)
+        if len(keys) == self._size:
+            put_bytes(self._fs, note, json.dumps(result.failures).encode())
+        return result
+
+
+class _ExtractWorker:
+    """A callable for `cluster.map_rows`: column "keys" (JSON) in, "told" (JSON) out."""
+
+    def __init__(self, writer: ChunkWriter, device: str) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        writer.archive.device = device
+        self._writer = writer
+
+    def __call__(self, batch: dict[str, "np.ndarray[Any, Any]"]) -> dict[str, list[str]]:
+        return {"told": [self._tell(json.loads(keys)) for keys in batch["keys"]]}
+
+    def _tell(self, keys: list[str]) -> str:
+        try:
+            return json.dumps(asdict(self._writer.write(keys)))
+        except ArchiveError as error:
+            return json.dumps({"error": str(error)})
 
 
 class _Names:

@@ -1,0 +1,89 @@
+"""Archives back into folders: in parallel, and on after an interruption."""
+
+import os
+from pathlib import Path
+
+import pytest
+from photos import fill
+from PIL import Image
+
+import vaestream
+from vaestream.pipeline import extract as module
+from vaestream.pipeline.extract import Extracted, extract
+
+NAMES = [f"{i:02}.png" for i in range(10)]
+
+
+@pytest.fixture(scope="module")
+def archive(
+    local_ray: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory
+) -> vaestream.Archive:
+    folder = tmp_path_factory.mktemp("extract")
+    source = fill(folder / "source", NAMES)
+    for name in ("notes.txt", "d/more.txt"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(name.encode())
+    for path in source.rglob("*.*"):
+        os.utime(path, (1_500_000_000, 1_500_000_000))
+    vaestream.compress(source, folder / "archive", weights=weights, min_psnr=0.0)
+    return vaestream.open(str(folder / "archive"))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CHUNK", 4)
+
+
+def test_workers_write_what_one_process_writes(archive: vaestream.Archive, tmp_path: Path) -> None:
+    alone = extract(archive, str(tmp_path / "alone"), workers=0)
+    seen: list[int] = []
+    together = extract(
+        archive,
+        str(tmp_path / "together"),
+        progress=lambda now: seen.append(now.decoded + now.verbatim),
+    )
+    assert together == alone == Extracted(decoded=10, verbatim=2)
+    assert len(seen) == 3 and seen[-1] == 12
+    written = files(tmp_path / "alone")
+    assert written == files(tmp_path / "together")
+    assert sorted(written) == sorted([*NAMES, "notes.txt", "d/more.txt"])
+    assert written["d/more.txt"] == b"d/more.txt"
+    with Image.open(tmp_path / "together" / "03.png") as image:
+        assert image.size == (96, 72)
+    assert {p.stat().st_mtime for p in (tmp_path / "together").rglob("*.*")} == {1_500_000_000}
+
+
+def test_it_goes_on_where_it_was_interrupted(archive: vaestream.Archive, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(now: Extracted) -> None:
+        if now.decoded + now.verbatim == 8:
+            raise Stop
+
+    out = tmp_path / "out"
+    with pytest.raises(Stop):
+        extract(archive, str(out), workers=0, progress=stop)
+    before = {path: path.stat().st_ino for path in out.glob("*.*") if path.is_file()}
+    assert len(before) == 8
+    result = extract(archive, str(out), workers=0)
+    assert (result.earlier, result.decoded + result.verbatim) == (8, 4)
+    assert all(path.stat().st_ino == inode for path, inode in before.items())
+    assert sorted(files(out)) == sorted(archive)
+    assert extract(archive, str(out), workers=0).earlier == 0
+
+
+def test_another_format_is_another_extraction(archive: vaestream.Archive, tmp_path: Path) -> None:
+    def stop(now: Extracted) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        extract(archive, str(out), workers=0, progress=stop)
+    result = extract(archive, str(out), workers=0, format="jpeg")
+    assert (result.earlier, result.decoded, result.verbatim) == (0, 10, 2)
+    assert len(list(out.glob("*.jpg"))) == 10

@@ -181,11 +181,10 @@ def compress(
     see `plan_pools`; on a cluster that is named by an address, nodes that join in mid job get
     workers too, as far as `workers` allows. verify: which bitstreams are decoded again before they
     are written. address: of a Ray cluster; without it the environment's RAY_ADDRESS counts, then a
-    Ray of this process, and
-    else one is started here and ended with the job. weights: other than the shipped ones. An
-    object of more than max_object_bytes gets an error row without its bytes. effort: gradient steps
-    that refine each photo's latents (`Codec.compress`), a hundred times slower. progress: called as
-    shards end.
+    Ray of this process, and else one is started here and ended with the job. weights: other than
+    the shipped ones. An object of more than max_object_bytes gets an error row without its bytes.
+    effort: gradient steps that refine each photo's latents (`Codec.compress`), a hundred times
+    slower. progress: called as shards end.
 
     Every object of the sources gets one row, whatever it is. Run again with the same arguments,
     the job goes on where it was, or finds that all is done; new objects make new parts. Objects

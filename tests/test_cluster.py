@@ -273,7 +273,7 @@ def test_a_stopped_driver_leaves_the_cluster_and_its_parts(
     nodes.add(num_cpus=1 + gpus, num_gpus=gpus)
     source = photos(tmp_path / "source", 4, wait=[2])
     archive = tmp_path / "archive"
-    driver = start(source, archive)
+    driver = start(source, archive, "--gpus-per-worker", "1")
     # With a GPU one pool comes from the first photo and one from the last: all but one are done.
     wait_for(lambda: len(list(archive.glob("part-*"))) == 2 + gpus, driver)
     stopped = wait_for(lambda: len(found := waiting(nodes.marks)) == 1 + gpus and found, driver)

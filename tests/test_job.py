@@ -438,3 +438,30 @@ def test_a_lost_index_or_model_is_made_again(run: Callable[..., Summary], tmp_pa
     next((archive / "models").iterdir()).unlink()
     run(source, archive)
     assert files(archive) == before
+
+
+def test_two_pools_meet_and_each_part_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools = plan_pools([{"CPU": 2.0, "GPU": 1.0}], shards=9, workers=2, gpus_per_worker=1.0)
+    assert len(pools) == 2
+    orders: dict[str, list[str]] = {}
+
+    def run_pool(shards: Any, spec: Any, pool: Any, most: Any) -> Iterator[str]:
+        orders[pool.device] = list(shards)
+        yield from map(Part, shards)
+
+    class Part:
+        def __init__(self, part_id: str) -> None:
+            self.part_id = part_id
+
+    monkeypatch.setattr(job, "_run_pool", run_pool)
+    shards: Any = list("abcdefghi")
+    spec: Any = None
+    assert sorted(part.part_id for part in job._run(shards, spec, pools, None)) == shards
+    assert orders == {"cuda": shards, "cpu": shards[::-1]}
+
+    def fail(*arguments: Any) -> Iterator[str]:
+        raise VaestreamError("no more")
+
+    monkeypatch.setattr(job, "_run_pool", fail)
+    with pytest.raises(VaestreamError, match="no more"):
+        list(job._run(shards, spec, pools, None))

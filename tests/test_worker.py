@@ -13,7 +13,9 @@ from photos import fill, pixels, png
 from vaestream import Codec, images
 from vaestream.archive import retries
 from vaestream.archive.schema import Row
+from vaestream.archive.writer import find_part, write_model, write_part
 from vaestream.errors import SourceError, VaestreamError
+from vaestream.pipeline import worker
 from vaestream.pipeline.attempts import (
     GIVE_UP_AFTER,
     JOB_FOLDER,
@@ -25,7 +27,8 @@ from vaestream.pipeline.fetch import Fetched, Witnesses, fetch_all
 from vaestream.pipeline.isolate import IsolatedCompressor
 from vaestream.pipeline.listing import list_sources
 from vaestream.pipeline.members import MemberReader
-from vaestream.pipeline.plan import SourceObject, Version
+from vaestream.pipeline.plan import Cutter, SourceObject, Version
+from vaestream.pipeline.worker import ShardWorker, WorkerSpec
 
 
 def item(key: str, size: int | None = None) -> SourceObject:
@@ -243,3 +246,45 @@ def test_attempts_count_over_runs_and_end(destination: str) -> None:
     end_attempts(fs, destination, "p")
     assert begin_attempt(fs, destination, "p", "four") == 0
     end_attempts(fs, destination, "p")
+
+
+# --- two at one shard --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_the_part_that_stands_first_stays(
+    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: bool
+) -> None:
+    fs, root = LocalFileSystem(), str(tmp_path / "archive")
+    listing = list_sources([str(fill(tmp_path / "source", ["a.png", "b.png", "c.png"]))])
+    objects = list(listing)
+    settings = Settings.of(min_psnr=0)
+    spec = WorkerSpec(
+        stores=tuple(listing.stores),
+        fs=fs,
+        root=root,
+        model_id=write_model(fs, root, codec.weights),
+        settings=settings,
+        verify="none",
+        device="cpu",
+        threads=1,
+        max_object_bytes=1 << 20,
+        run_id="run",
+    )
+    (shard,) = Cutter(settings.to_json(), spec.model_id).shards(objects)
+    # The slower worker looks after each photo, or never; the other one has other bytes.
+    monkeypatch.setattr(worker, "_LOOK_SECONDS", -1.0 if looks else 1e9)
+    load, loaded = images.load, list[bytes]()
+
+    def slow(data: bytes, **options: Any) -> Any:
+        loaded.append(data)
+        if len(loaded) == 1:
+            rows = [kept(item, b"as the other has it") for item in shard.objects]
+            write_part(fs, root, shard.part_id, rows)
+        return load(data, **options)
+
+    monkeypatch.setattr(images, "load", slow)
+    info = ShardWorker(spec).run(shard)
+    assert len(loaded) == (1 if looks else 3)
+    assert info == find_part(fs, root, shard.part_id) and info.stats.photos_vae == 0
+    assert [path.name for path in (tmp_path / "archive").glob("*part*")] == [info.name]

@@ -19,6 +19,7 @@ from vaestream.errors import VaestreamError
 from vaestream.pipeline.compressor import Settings, Verify
 from vaestream.pipeline.destination import Destination
 from vaestream.pipeline.plan import Shard, list_sources, make_shards
+from vaestream.pipeline.report import REPORT, Moment, Run, write_report
 from vaestream.pipeline.stores import options_for, store_of
 from vaestream.pipeline.worker import ShardWorker, WorkerSpec, make_batch, part_of
 
@@ -27,6 +28,7 @@ Device = Literal["auto", "cpu", "cuda"]
 _WAVE = 1024
 _OBJECT_STORE_BYTES = 128 << 20
 _GPU_SHARE = 0.25
+_log = logging.getLogger(__name__)
 _ERROR_LINE = re.compile(r"(?!ray\.)[A-Za-z_][\w.]*: ")
 
 
@@ -166,8 +168,8 @@ def compress(
     a Ray cluster; without it the environment's RAY_ADDRESS counts, then a Ray of this process, and
     else one is started here and ended with the job. weights: other than the shipped ones. An
     object of more than max_object_bytes gets an error row without its bytes. effort: gradient steps
-    that refine each photo's latents (`Codec.compress`), a hundred times slower. progress: called as
-    shards end.
+    that refine each photo's latents (`Codec.compress`), a hundred times slower. progress: called
+    when the workers begin, and as shards end.
 
     Every object of the sources gets one row, whatever it is. Run again with the same arguments,
     the job goes on where it was, or finds that all is done; new objects make new parts. Objects
@@ -219,6 +221,7 @@ def compress(
         ),
     )
     new: list[PartInfo] = []
+    moments: list[Moment] = []
     up_to_date = not work.shards and place.is_finished(work.parts)
     if not up_to_date:
         place.begin(codec.weights)
@@ -245,18 +248,24 @@ def compress(
                     max_object_bytes=max_object_bytes,
                     run_id=uuid.uuid4().hex,
                 )
+                if progress is not None:
+                    progress(_progress(work.shards, new, time.monotonic() - begin))
                 for part in _run(work.shards, spec, pool):
                     new.append(part)
+                    moments.append(_moment(moments, part, time.monotonic() - begin))
                     if progress is not None:
                         progress(_progress(work.shards, new, time.monotonic() - begin))
         place.commit([*work.parts, *new])
     assert place.manifest is not None
+    seconds = time.monotonic() - begin
+    if not up_to_date:
+        _report(target, Run(seconds, moments), storage_options)
     return _summary(
         place.manifest,
         new,
         left_out=listing.left_out,
         model_bytes=len(codec.weights),
-        seconds=time.monotonic() - begin,
+        seconds=seconds,
         up_to_date=up_to_date,
         errors=_errors(target, storage_options) if place.manifest.totals.errors else [],
     )
@@ -329,6 +338,25 @@ def _ray(address: str | None) -> Iterator[None]:
     finally:
         logger.setLevel(level)
         ray.shutdown()
+
+
+def _report(url: str, run: Run, storage_options: Mapping[str, Any] | None) -> None:
+    """Write the report of a committed archive. It is no part of it: without it the job is as done,
+    and whatever keeps it from being written is a warning."""
+    try:
+        archive = open_archive(url, storage_options=options_for(url, storage_options))
+        write_report(archive, run=run, storage_options=storage_options)
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+        _log.warning("%s: %s was not written: %s", url, REPORT, told)
+
+
+def _moment(moments: Sequence[Moment], part: PartInfo, seconds: float) -> Moment:
+    """Where the run stands with one more part."""
+    objects, megapixels = part.num_rows, part.stats.vae_pixels / 1e6
+    if moments:
+        objects, megapixels = moments[-1].objects + objects, moments[-1].megapixels + megapixels
+    return Moment(seconds, len(moments) + 1, objects, megapixels)
 
 
 def _progress(shards: Sequence[Shard], parts: Sequence[PartInfo], seconds: float) -> Progress:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from vaestream import __version__
 from vaestream.errors import VaestreamError
+from vaestream.text import duration, shown, size
 
 if TYPE_CHECKING:
     from vaestream.archive.reader import Archive
@@ -138,14 +139,14 @@ def _estimate(args: argparse.Namespace) -> int:
         print(json.dumps(told.to_json()))
         return OK
     print(
-        f"nothing written; {told.objects} objects to do, {_size(told.source_bytes)}\n"
+        f"nothing written; {told.objects} objects to do, {size(told.source_bytes)}\n"
         f"{told.sampled} of them tried: {told.photos} photos compressed, "
         f"{sum(told.kept.values())} kept as their source, {told.errors} with errors"
     )
     for reason, count in told.kept.items():
         print(f"  kept: {reason}: {count}")
     if told.ratio is not None and told.archive_bytes is not None:
-        print(f"about {_size(told.archive_bytes)} in the archive, {told.ratio:.2f} times smaller")
+        print(f"about {size(told.archive_bytes)} in the archive, {told.ratio:.2f} times smaller")
     if told.bpp is not None:
         psnr = "" if told.psnr is None else f", {told.psnr:.2f} dB PSNR"
         print(f"compressed photos: {told.bpp:.3f} bits per pixel{psnr}")
@@ -165,7 +166,7 @@ def info(args: argparse.Namespace) -> int:
     archive = _open(args)
     manifest = archive.manifest
     totals = manifest.totals
-    size = sum(part.size for part in manifest.parts)
+    archive_bytes = sum(part.size for part in manifest.parts)
     facts: dict[str, Any] = {
         "url": archive.url,
         "rows": manifest.num_rows,
@@ -174,8 +175,8 @@ def info(args: argparse.Namespace) -> int:
         "errors": totals.errors,
         "parts": len(manifest.parts),
         "source_bytes": totals.source_bytes,
-        "archive_bytes": size,
-        "ratio": totals.source_bytes / size if size else None,
+        "archive_bytes": archive_bytes,
+        "ratio": totals.source_bytes / archive_bytes if archive_bytes else None,
         "bpp": 8 * totals.vae_coded_bytes / totals.vae_pixels if totals.vae_pixels else None,
         "psnr": totals.psnr_sum / totals.psnr_count if totals.psnr_count else None,
         "megapixels": totals.vae_pixels / 1e6,
@@ -190,7 +191,7 @@ def info(args: argparse.Namespace) -> int:
         if isinstance(value, dict):
             value = ", ".join(f"{key} {one}" for key, one in value.items() if one is not None)
         elif name.endswith("_bytes"):
-            value = _size(value)
+            value = size(value)
         elif isinstance(value, float):
             value = f"{value:.2f}"
         print(f"{name.replace('_', ' '):15s} {'-' if value in (None, '') else value}")
@@ -212,7 +213,7 @@ def extract(args: argparse.Namespace) -> int:
         storage_options=args.storage_options,
     )
     for key, reason in result.failures.items():
-        print(f"vaestream: {_shown(key)}: {_shown(reason)}", file=sys.stderr)
+        print(f"vaestream: {shown(key)}: {shown(reason)}", file=sys.stderr)
     print(
         f"{result.decoded} photos decoded, {result.verbatim} objects as they were, "
         + (f"{result.earlier} written earlier, " if result.earlier else "")
@@ -237,7 +238,7 @@ def verify(args: argparse.Namespace) -> int:
             where = (
                 problem.part if problem.row_key is None else f"{problem.part}: {problem.row_key}"
             )
-            print(_shown(f"{where}: {problem.what}: {problem.detail}"))
+            print(shown(f"{where}: {problem.what}: {problem.detail}"))
         print(f"{len(problems)} problems" if problems else "whole: every byte is as written")
     return ERROR if problems else OK
 
@@ -263,13 +264,22 @@ def _prove(args: argparse.Namespace) -> int:
         print(json.dumps(asdict(proof)))
         return ERROR if proof.problems else OK
     for key, problem in proof.problems:
-        print(_shown(f"{key}: {problem}"))
+        print(shown(f"{key}: {problem}"))
     print(
         f"{proof.objects} objects of the sources: {proof.photos} decode to the PSNR they claim, "
         f"{proof.verbatim} are kept byte for byte, {len(proof.problems)} are not proved"
         + (f"; {proof.unlisted} rows are of other objects" if proof.unlisted else "")
     )
     return ERROR if proof.problems else OK
+
+
+def report(args: argparse.Namespace) -> int:
+    """`vaestream report`: the page that a job leaves beside its archive, made again."""
+    from vaestream.pipeline.report import write_report
+
+    _check_device(args.device)
+    print(write_report(_open(args), out=args.out, storage_options=args.storage_options))
+    return OK
 
 
 def train(args: argparse.Namespace) -> int:
@@ -350,6 +360,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _archive_arguments(commands.add_parser("info", help="what an archive holds"), info)
     _verify_arguments(commands.add_parser("verify", help="find damage in an archive"))
+    _report_arguments(commands.add_parser("report", help="make an archive's report.html again"))
     _extract_arguments(commands.add_parser("extract", help="write photos back to files"))
     _train_arguments(commands.add_parser("train", help="train a model on photos"))
     _evaluate_arguments(commands.add_parser("evaluate", help="measure rate and distortion"))
@@ -430,6 +441,15 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     add("--exclude", action="append", default=[], metavar="GLOB")
     add("--device", choices=("auto", "cpu", "cuda"))
     parser.set_defaults(device="auto")
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("archive", metavar="ARCHIVE")
+    add("--out", metavar="FILE", help="path or URL (default: report.html in the archive)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    _storage_argument(parser)
+    parser.set_defaults(run=report)
 
 
 def _extract_arguments(parser: argparse.ArgumentParser) -> None:
@@ -546,37 +566,68 @@ def _open(args: argparse.Namespace) -> "Archive":
 
 
 class _ProgressLine:
-    """One line that changes, on a terminal; in a log a line now and then."""
+    """One line that changes every second, on a terminal; in a log a line now and then."""
 
     def __init__(self) -> None:
         self._live = sys.stderr.isatty()
         self._width = 0
         self._last = -math.inf
+        self._begin = self._shown_at = time.monotonic()
+        self._now: Progress | None = None
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        if self._live:
+            # A shard may take minutes: the seconds show that the job is alive meanwhile.
+            threading.Thread(target=self._tick, daemon=True).start()
 
     def show(self, now: "Progress") -> None:
         """Tell where the job stands."""
-        stats = now.stats
-        ratio = stats.source_bytes / stats.coded_bytes if stats.coded_bytes else 1.0
-        left = now.remaining_seconds
-        more = "" if now.listed else "+"
-        text = (
-            f"{now.done_objects}/{now.objects}{more} photos  {now.megapixels_per_second:.1f} MP/s  "
-            f"ratio {ratio:.1f}  {_duration(left) if left is not None else '?'} left"
-        )
-        if self._live:
-            print(f"\r{text:{self._width}s}", end="", file=sys.stderr, flush=True)
-            self._width = len(text)
-        elif (
-            time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES or now.done_shards == now.shards
-        ):
-            print(text, file=sys.stderr, flush=True)
-            self._last = time.monotonic()
+        with self._lock:
+            self._now, self._shown_at = now, time.monotonic()
+            if self._live:
+                self._draw()
+            elif (
+                time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES
+                or now.done_shards == now.shards
+            ):
+                print(self._text(), file=sys.stderr, flush=True)
+                self._last = time.monotonic()
 
     def end(self) -> None:
         """Leave the terminal's line."""
-        if self._width:
-            print(file=sys.stderr)
-            self._width = 0
+        self._ended.set()
+        with self._lock:
+            if self._width:
+                print(file=sys.stderr)
+                self._width = 0
+
+    def _tick(self) -> None:
+        while not self._ended.wait(1.0):
+            with self._lock:
+                if not self._ended.is_set():
+                    self._draw()
+
+    def _draw(self) -> None:
+        text = self._text()
+        print(f"\r{text:{self._width}s}", end="", file=sys.stderr, flush=True)
+        self._width = len(text)
+
+    def _text(self) -> str:
+        now, passed = self._now, duration(time.monotonic() - self._begin)
+        if now is None:
+            return f"{passed}  listing the sources"
+        more = "" if now.listed else "+"
+        counted = f"{passed}  {now.done_objects}/{now.objects}{more} photos"
+        left = now.remaining_seconds
+        if left is None:
+            rest = "?" if now.done_shards else f"first of {now.shards}{more} parts under way"
+        elif now.done_shards == now.shards:
+            rest = "finishing"
+        else:
+            rest = f"{duration(max(0.0, left - (time.monotonic() - self._shown_at)))} left"
+        stats = now.stats
+        ratio = stats.source_bytes / stats.coded_bytes if stats.coded_bytes else 1.0
+        return f"{counted}  {now.megapixels_per_second:.1f} MP/s  ratio {ratio:.1f}  {rest}"
 
 
 class _Warnings(logging.Handler):
@@ -589,7 +640,7 @@ class _Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Tell it, below the line of progress."""
         self._line.end()
-        print(f"vaestream: warning: {_shown(record.getMessage())}", file=sys.stderr, flush=True)
+        print(f"vaestream: warning: {shown(record.getMessage())}", file=sys.stderr, flush=True)
 
 
 def _told(summary: "Summary", destination: str) -> str:
@@ -610,22 +661,22 @@ def _told(summary: "Summary", destination: str) -> str:
     lines += [f"  error: {reason}: {count}" for reason, count in summary.errors.items()]
     ratio = f", {summary.ratio:.2f} times smaller" if summary.ratio else ""
     lines.append(
-        f"{_size(summary.source_bytes)} -> {_size(summary.archive_bytes)}{ratio} "
-        f"(and the model: {_size(summary.model_bytes)})"
+        f"{size(summary.source_bytes)} -> {size(summary.archive_bytes)}{ratio} "
+        f"(and the model: {size(summary.model_bytes)})"
     )
     if summary.bpp is not None:
         psnr = "" if summary.psnr is None else f", {summary.psnr:.2f} dB PSNR"
         lines.append(f"compressed photos: {summary.bpp:.3f} bits per pixel{psnr}")
     if summary.megapixels_per_second is not None:
         lines.append(
-            f"{summary.megapixels:.1f} MP in {_duration(summary.seconds)} "
+            f"{summary.megapixels:.1f} MP in {duration(summary.seconds)} "
             f"({summary.megapixels_per_second:.2f} MP/s)"
         )
     return "\n".join(lines)
 
 
 def _row_line(row: "RowInfo") -> str:
-    size = f"{row.width}x{row.height}" if row.width else "-"
+    pixels = f"{row.width}x{row.height}" if row.width else "-"
     told = row.reason or ""
     if row.error is not None:
         told = f"error: {row.error}"
@@ -633,15 +684,8 @@ def _row_line(row: "RowInfo") -> str:
         psnr = "" if row.psnr is None else f"{row.psnr:.2f} dB, "
         told = f"{psnr}quality {row.quality:.0f}"
     return (
-        f"{row.codec:6s} {size:>11s} {row.num_bytes:>11d} {row.source_size:>11d}  "
-        f"{_shown(row.key)}  {_shown(told)}"
-    )
-
-
-def _shown(text: str) -> str:
-    """On one line, and without what a terminal would obey: names may hold any character."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+        f"{row.codec:6s} {pixels:>11s} {row.num_bytes:>11d} {row.source_size:>11d}  "
+        f"{shown(row.key)}  {shown(told)}"
     )
 
 
@@ -654,21 +698,6 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
         return "inf" if isinstance(value, float) and math.isinf(value) else value
 
     return {name: plain(value) for name, value in values.items()}
-
-
-def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.2f} TB"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 @contextmanager
@@ -689,7 +718,7 @@ def _terminable() -> Iterator[None]:
 
 
 def _complain(message: str) -> int:
-    print(f"vaestream: error: {_shown(message)}", file=sys.stderr)
+    print(f"vaestream: error: {shown(message)}", file=sys.stderr)
     return ERROR
 
 

@@ -26,6 +26,7 @@ from vaestream.pipeline.compressor import Settings, Verify
 from vaestream.pipeline.lease import Lease
 from vaestream.pipeline.plan import Shard
 from vaestream.pipeline.prepare import Paths, Prepared, prepare
+from vaestream.pipeline.report import REPORT, Moment, Run, write_report
 from vaestream.pipeline.stores import options_for
 from vaestream.pipeline.work import Counts, Work
 from vaestream.pipeline.worker import WorkerSpec
@@ -139,7 +140,8 @@ def compress(
     without it the environment's RAY_ADDRESS counts, then a Ray of this process, and else one is
     started here and ended with the job. weights: other than the shipped ones. An object of more
     than max_object_bytes gets an error row without its bytes. effort: gradient steps that refine
-    each photo's latents (`Codec.compress`), a hundred times slower. progress: called as shards end.
+    each photo's latents (`Codec.compress`), a hundred times slower. progress: called when the work
+    begins, and as shards end.
 
     Every object of the sources gets one row, whatever it is. Run again with the same arguments,
     the job goes on where it was, or finds that all is done; new objects make new parts. An object
@@ -169,6 +171,7 @@ def compress(
     if max_object_bytes < 1:
         raise VaestreamError("object bytes must be at least 1")
     new: list[PartInfo] = []
+    moments: list[Moment] = []
     crew = _Crew(address, device, workers, gpus_per_worker, verify, max_object_bytes)
     lease: Lease | None = None
     with ExitStack() as stack:
@@ -201,8 +204,11 @@ def compress(
                     )
                 place.begin(codec.weights)
                 made: list[PartInfo] = []
+                if progress is not None:
+                    progress(waves.progress(made, time.monotonic() - begin))
                 for part in crew.make(prepared, waves, backwards=bool(others)):
                     made.append(part)
+                    moments.append(_moment(moments, part, time.monotonic() - begin))
                     if progress is not None:
                         progress(waves.progress(made, time.monotonic() - begin))
             new += (part for part in made if part.part_id not in waves.rewritten)
@@ -218,13 +224,16 @@ def compress(
     if lease is not None and not lease.others():
         place.clear()
     assert place.manifest is not None
+    seconds = time.monotonic() - begin
+    if lease is not None:
+        _report(prepared.url, Run(seconds, moments), storage_options)
     return _summary(
         place.manifest,
         new,
         left_out=prepared.listing.left_out,
         counts=work.counts,
         model_bytes=len(codec.weights),
-        seconds=time.monotonic() - begin,
+        seconds=seconds,
         up_to_date=lease is None,
         errors=_errors(prepared.url, storage_options) if place.manifest.totals.errors else [],
     )
@@ -330,6 +339,25 @@ class _Waves:
         self.objects += sum(len(shard.objects) for shard in wave)
         self.listed = len(wave) < _WAVE
         return wave
+
+
+def _report(url: str, run: Run, storage_options: Mapping[str, Any] | None) -> None:
+    """Write the report of a committed archive. It is no part of it: without it the job is as done,
+    and whatever keeps it from being written is a warning."""
+    try:
+        archive = open_archive(url, storage_options=options_for(url, storage_options))
+        write_report(archive, run=run, storage_options=storage_options)
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+        _LOG.warning("%s: %s was not written: %s", url, REPORT, told)
+
+
+def _moment(moments: Sequence[Moment], part: PartInfo, seconds: float) -> Moment:
+    """Where the run stands with one more part."""
+    objects, megapixels = part.num_rows, part.stats.vae_pixels / 1e6
+    if moments:
+        objects, megapixels = moments[-1].objects + objects, moments[-1].megapixels + megapixels
+    return Moment(seconds, len(moments) + 1, objects, megapixels)
 
 
 def _errors(url: str, storage_options: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
+from vaestream.archive.storage import public_url
 from vaestream.errors import SourceError
+from vaestream.pipeline.fetch import fetch_all
 from vaestream.pipeline.listing import Listing
 from vaestream.pipeline.listing import list_sources as find_sources
+from vaestream.pipeline.members import MemberReader
 from vaestream.pipeline.plan import Cutter, Shard, SourceObject, safe_key
 from vaestream.pipeline.stores import options_for
 
@@ -254,6 +257,21 @@ def test_storage_options_go_to_the_stores_they_are_meant_for() -> None:
     assert options_for("https://host/a", named) == {}
 
 
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("https://h/a.jpg?X-Amz-Signature=abc&size=full", "https://h/a.jpg?size=full"),
+        ("https://me:secret@h/a.jpg?sig=x", "https://h/a.jpg"),
+        ("sftp://me:secret@h/a", "sftp://h/a"),
+        ("abfs://box@account/a", "abfs://box@account/a"),
+        ("s3://bucket/a?key=b", "s3://bucket/a?key=b"),
+        ("/a:b@c/d?token=1", "/a:b@c/d?token=1"),
+    ],
+)
+def test_a_url_is_told_without_its_secrets(url: str, told: str) -> None:
+    assert public_url(url) == told
+
+
 class _Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -282,3 +300,19 @@ def test_files_over_http(tmp_path: Path, web: str) -> None:
     assert data == [b"a/x.jpg", b"y z.jpg"]
     with pytest.raises(SourceError, match="no such file"):
         list_sources([f"{web}/gone.jpg"])
+
+
+def test_a_signed_url_leaves_no_signature(tmp_path: Path, web: str) -> None:
+    pytest.importorskip("aiohttp")
+    write(tmp_path, "x.jpg")
+    signed = f"{web}/x.jpg?X-Amz-Signature=abcdef&size=full"
+    (tmp_path / "urls.txt").write_text(f"{signed}\n{web}/gone.jpg?sig=abcdef\n")
+    objects = list(listing := find_sources([str(tmp_path / "urls.txt")]))
+    assert "abcdef" not in " ".join(item.key + item.url for item in objects)
+    limits = {"max_object_bytes": 1 << 20}
+    found = list(fetch_all(objects, listing.stores, members=MemberReader(), **limits))
+    assert [got.data for got in found] == [b"x.jpg", None]
+    assert "abcdef" not in (found[1].error or "")
+    with pytest.raises(SourceError) as caught:
+        find_sources([f"{web}/gone.jpg?X-Amz-Signature=abcdef"])
+    assert "abcdef" not in str(caught.value)

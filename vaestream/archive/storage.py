@@ -26,6 +26,8 @@ _ATOMIC_PROTOCOLS = frozenset(
 )
 _TEMPORARY_PREFIX, _TEMPORARY_SUFFIX = ".writing-", ".tmp"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_PASSWORD = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*://)[^/?#@:]*:[^/?#@]*@")
+_SECRET = re.compile(r"sig|token|credential|policy|expires|key", re.IGNORECASE)
 _GAP_BYTES = 8 << 10
 _CHAIN = re.compile(rf"::{_SCHEME.pattern}")
 
@@ -34,6 +36,17 @@ def protocol_of(url: str) -> str:
     """The protocol in front of `://`; "file" where there is none."""
     match = _SCHEME.match(url)
     return match[1].lower() if match else "file"
+
+
+def public_url(url: str) -> str:
+    """`url` without what must not be told: a password in front of the host, and of http(s) the
+    parameters that sign a request (a name with sig, token, credential, policy, expires or key)."""
+    url = _PASSWORD.sub(r"\1", url)
+    head, mark, query = url.partition("?")
+    if not mark or protocol_of(url) not in ("http", "https"):
+        return url
+    told = [one for one in query.split("&") if not _SECRET.search(one.partition("=")[0])]
+    return f"{head}?{'&'.join(told)}" if told else head
 
 
 def is_chained(url: str) -> bool:
@@ -58,7 +71,8 @@ def open_store(url: str, storage_options: dict[str, Any] | None) -> tuple[Any, s
         raise
     except Exception as error:  # as in `store_errors`; the chain is cut for it may show options
         raise ArchiveError(
-            f"{url}: the store cannot be opened with these storage options ({type(error).__name__})"
+            f"{public_url(url)}: the store cannot be opened with these storage options "
+            f"({type(error).__name__})"
         ) from None
     return fs, root.rstrip("/") or root
 
@@ -67,7 +81,7 @@ def _kind(url: str) -> type[fsspec.AbstractFileSystem]:
     try:
         kind: type[fsspec.AbstractFileSystem] = fsspec.get_filesystem_class(protocol_of(url))
     except (ValueError, ImportError) as error:
-        raise ArchiveError(f"{url}: {error}") from error
+        raise ArchiveError(f"{public_url(url)}: {error}") from error
     return kind
 
 

@@ -75,7 +75,9 @@ def fetch_all(
                 except MemberError as error:
                     fetched = Fetched(item, None, f"cannot be read: {error}")
                 except Exception as error:  # every store has errors of its own
-                    text = f"cannot be read: {describe(error)}"
+                    # A store may tell the path as it was given: with a signature, say.
+                    told = describe(error).replace(item.path, item.url)
+                    text = f"cannot be read: {told}"
                     fetched = Fetched(item, None, text)
                     others = [(i, f) for i, _, f in waiting if i.store == item.store]
                     fault = _store_fault(

@@ -20,6 +20,7 @@ from typing import Any
 from fsspec import AbstractFileSystem
 
 from vaestream.archive.retries import LISTING_SECONDS, may_pass, retrying
+from vaestream.archive.storage import public_url
 from vaestream.errors import SourceError
 from vaestream.pipeline.members import Found, is_container, list_members
 from vaestream.pipeline.plan import SourceObject, Version, escape, safe_key
@@ -156,12 +157,12 @@ def _objects(
     if not count:
         left = listing.left_out
         what = f"{left} objects, all of them left out" if left else "no objects to compress"
-        raise SourceError(f"{', '.join(source.text for source in sources)}: {what}")
+        raise SourceError(f"{', '.join(_told(source.text) for source in sources)}: {what}")
 
 
 def _resolve(text: str, storage_options: Mapping[str, Any] | None) -> _Source:
     fs, path = store_of(text, storage_options)
-    with _listing(escape(text)):
+    with _listing(text):
         if protocol_of(text) in ("http", "https"):
             # A page with links passes for a folder: only the object itself is asked for.
             info = _info(fs, path)
@@ -196,7 +197,7 @@ def _file(text: str, fs: AbstractFileSystem, path: str, name: str, info: Info) -
     elif is_list(name):
         kind = "list"
     elif is_parquet(name):
-        kind = parquet_kind(fs, path, escape(text))
+        kind = parquet_kind(fs, path, _told(text))
     folder = name if kind == "container" else _parent(name)
     return _Source(text, fs, path, folder, kind == "file", kind, info)
 
@@ -206,7 +207,7 @@ def _items(
 ) -> Iterator[SourceObject]:
     """Objects with keys relative to the source's folder."""
     fs, path = source.fs, source.path
-    with _listing(escape(source.text)):
+    with _listing(source.text):
         if source.kind == "folder":
             yield from _plain(listing, fs, path, _walk(fs, path))
         elif source.kind == "container":
@@ -238,7 +239,7 @@ def _globbed(
         fs, lambda: dict(fs.glob(source.path, detail=True)), seconds=LISTING_SECONDS
     )
     if not matches:
-        raise SourceError(f"{escape(source.text)}: no file or folder matches")
+        raise SourceError(f"{_told(source.text)}: no file or folder matches")
     cut = len(base) + 1 if base else 0
     for path, info in matches.items():
         if info["type"] == "directory":
@@ -264,7 +265,7 @@ def _members(
     # Of a container that has changed, no member counts as the one it was.
     state = container.etag or (container.mtime.isoformat() if container.mtime else None)
     names: Counter[str] = Counter()
-    url = escape(fs.unstrip_protocol(path))
+    url = _told(fs.unstrip_protocol(path))
     for found in list_members(fs, path):
         key = safe_key(found.name)
         names[key] += 1
@@ -286,11 +287,11 @@ def _listed(
     listing: Listing, source: _Source, storage_options: Mapping[str, Any] | None
 ) -> Iterator[SourceObject]:
     folder = _parent(source.path)
-    shown = escape(source.text)
+    shown = _told(source.text)
     for url in listed_urls(source.fs, source.path, shown):
         if "://" in url:
             fs, path = store_of(url, storage_options)
-            key = url.split("://", 1)[1].lstrip("/")
+            key = public_url(url).split("://", 1)[1].lstrip("/")
         else:
             fs = source.fs
             path = url if url.startswith("/") else f"{folder}/{url}"
@@ -304,21 +305,21 @@ def _listed(
             else:
                 version = _version({"size": status.st_size, "mtime": status.st_mtime})
         yield SourceObject(
-            safe_key(key), listing.store(fs), path, escape(fs.unstrip_protocol(path)), version
+            safe_key(key), listing.store(fs), path, _told(fs.unstrip_protocol(path)), version
         )
 
 
 def _object(
     listing: Listing, fs: AbstractFileSystem, path: str, relative: str, info: Info
 ) -> SourceObject:
-    url = escape(fs.unstrip_protocol(path))
+    url = _told(fs.unstrip_protocol(path))
     return SourceObject(safe_key(relative), listing.store(fs), path, url, _version(info))
 
 
 def _walk(fs: AbstractFileSystem, path: str) -> Iterator[tuple[str, Info]]:
     """Every file below a folder, ascending by path; memory holds the names of one folder."""
     protocols = _protocols(fs)
-    with _listing(escape(fs.unstrip_protocol(path))):
+    with _listing(fs.unstrip_protocol(path)):
         if "file" in protocols:
             yield from _walk_local(path)
         elif "s3" in protocols:
@@ -395,8 +396,9 @@ def _regular(path: str, info: Info) -> Info | None:
 
 
 @contextmanager
-def _listing(shown: str) -> Iterator[None]:
-    """Raise whatever a store raises in the block as SourceError."""
+def _listing(source: str) -> Iterator[None]:
+    """Raise whatever a store raises in the block as SourceError that names `source`."""
+    shown = _told(source)
     try:
         yield
     except (SourceError, GeneratorExit):
@@ -404,7 +406,7 @@ def _listing(shown: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise SourceError(f"{shown}: there is no such file, folder or object") from error
     except Exception as error:  # each store has errors of its own, many of them no OSError
-        told = " ".join(str(error).split())
+        told = " ".join(str(error).split()).replace(source, shown)
         raise SourceError(f"{shown}: cannot be listed: {type(error).__name__}: {told}") from error
 
 
@@ -473,6 +475,11 @@ def _apart(folders: Sequence[str]) -> list[str]:
         if len(set(ends)) == different:
             return ends
     return ["/".join(one) for one in names]
+
+
+def _told(url: str) -> str:
+    """A URL or path as it may be told: text, without secrets."""
+    return public_url(escape(url))
 
 
 def _digest(text: str) -> bytes:

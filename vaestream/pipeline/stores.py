@@ -6,7 +6,7 @@ from typing import Any
 import fsspec
 from fsspec import AbstractFileSystem
 
-from vaestream.archive.storage import is_chained, open_store, protocol_of
+from vaestream.archive.storage import is_chained, open_store, protocol_of, public_url
 from vaestream.errors import ArchiveError, SourceError
 
 __all__ = ["options_for", "protocol_of", "store_of"]
@@ -42,7 +42,7 @@ def store_of(
             "use a folder or an object store"
         )
     if is_chained(url):
-        raise SourceError(f"{url}: chained URLs (a::b) are not supported")
+        raise SourceError(f"{public_url(url)}: chained URLs (a::b) are not supported")
     try:
         return open_store(url, options_for(url, storage_options))
     except ArchiveError as error:

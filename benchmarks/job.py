@@ -1,0 +1,94 @@
+"""The whole job beside the codec alone, on the same photos and cores.
+
+    python benchmarks/job.py PHOTOS [--workers 2] [--quality 50] [--verify sample]
+
+The codec alone: as many processes as workers, one thread each, every one encodes its share of the
+decoded photos from memory (and measures their PSNR, as the job does). The job: files on disk ->
+Ray -> archive. What the job takes beside the codec's work is told apart: start and end (Ray, the
+model, the index), then reading and decoding source files, hashes, verification and writing.
+"""
+
+import argparse
+import multiprocessing
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+import vaestream
+from vaestream import images
+from vaestream.codec import Codec
+from vaestream.pipeline.job import Progress
+from vaestream.training.data import list_photos
+
+
+def _encode(files: list[Path], quality: float, start: float) -> tuple[float, float, float]:
+    """Megapixels of the photos; seconds to read them, and to encode them from `start` on."""
+    import torch
+
+    torch.set_num_threads(1)
+    codec = Codec.load(device="cpu")
+    begin = time.monotonic()
+    photos = [images.load(file.read_bytes(), name=file.name) for file in files]
+    pixels = [photo.pixels for photo in photos if isinstance(photo, images.Photo)]
+    read = time.monotonic() - begin
+    codec.compress(pixels[0][:512, :512], quality=quality)
+    time.sleep(max(0.0, start - time.time()))
+    begin = time.monotonic()
+    for one in pixels:
+        codec.compress(np.ascontiguousarray(one), quality=quality)
+    seconds = time.monotonic() - begin
+    return sum(one.shape[0] * one.shape[1] for one in pixels) / 1e6, read, seconds
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("photos", type=Path)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--quality", type=float, default=50.0)
+    parser.add_argument("--verify", choices=("none", "sample", "all"), default="sample")
+    args = parser.parse_args()
+    files = list_photos([args.photos])
+    shares = [files[i :: args.workers] for i in range(args.workers)]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(args.workers) as pool:
+        start = time.time() + 30
+        jobs = [pool.apply_async(_encode, (share, args.quality, start)) for share in shares]
+        told = [job.get() for job in jobs]
+    megapixels = sum(one[0] for one in told)
+    alone = max(one[2] for one in told)
+
+    first: list[float] = []
+
+    def note(now: Progress) -> None:
+        if not now.done_shards:
+            first.append(now.seconds)
+
+    with tempfile.TemporaryDirectory(prefix="job-") as folder:
+        summary = vaestream.compress(
+            args.photos,
+            folder,
+            quality=args.quality,
+            verify=args.verify,
+            workers=args.workers,
+            shard_images=max(1, len(files) // (8 * args.workers)),
+            progress=note,
+        )
+    print(f"{platform.processor() or platform.machine()}, {args.workers} workers")
+    print(f"{summary.photos} photos compressed of {len(files)}, {megapixels:.0f} MP")
+    print(f"codec alone      {megapixels / alone:7.2f} MP/s  {alone:7.1f} s")
+    print(f"  reading the files beside that took {max(one[1] for one in told):.1f} s")
+    seconds = summary.seconds
+    print(f"whole job        {summary.megapixels / seconds:7.2f} MP/s  {seconds:7.1f} s")
+    steady = seconds - first[0]
+    print(f"from the first worker on {summary.megapixels / steady:7.2f} MP/s  {steady:7.1f} s")
+    print(f"job / codec      {summary.megapixels / seconds / (megapixels / alone):7.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint numbers clean
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -28,6 +28,12 @@ lint: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Every number of docs/model-card.md: make numbers KODAK=folder of the 24 Kodak photos
+numbers: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pillow-jxl-plugin
+	$(BIN)/python benchmarks/complexity.py
+	$(BIN)/python benchmarks/rate_distortion.py $(KODAK)
 
 clean:
 	rm -rf $(VENV) .venv-swift demo-out build dist .mypy_cache .ruff_cache .pytest_cache

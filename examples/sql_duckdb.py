@@ -1,4 +1,4 @@
-"""An archive answers SQL about itself (pip install duckdb): python examples/sql_duckdb.py ARCHIVE"""
+"""An archive answers SQL (pip install duckdb): python examples/sql_duckdb.py ARCHIVE"""
 
 import sys
 

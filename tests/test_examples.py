@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 from conftest import REPOSITORY
-from photos import fill
+from photos import fill, png
 
 import vaestream
 
@@ -33,17 +33,31 @@ def archive(local_ray: Path, weights: Path, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("examples")
     source = fill(folder / "photos", ["a.png", "b.png", "c.png"])
     (source / "notes.txt").write_bytes(b"no photo")
+    (source / "cut.png").write_bytes(png(9)[:2000])
     vaestream.compress(source, folder / "archive", weights=weights, min_psnr=0.0)
     return folder / "archive"
 
 
 def test_read_archive(archive: Path) -> None:
     told = run("read_archive.py", archive)
-    assert "4 objects, 3 of them photos" in told and "a.png (72, 96, 3)" in told
+    assert "5 objects, 3 of them photos" in told and "a.png (72, 96, 3)" in told
 
 
 def test_torch_dataloader(archive: Path) -> None:
     assert "(3, 3, 224, 224)" in run("torch_dataloader.py", archive)
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("sql_duckdb.py", "duckdb"), ("table_polars.py", "polars")]
+)
+def test_the_archive_answers_as_a_table(archive: Path, name: str, package: str) -> None:
+    pytest.importorskip(package)
+    told = run(name, archive)
+    rows = [row.codec for row in vaestream.open(str(archive)).rows()]
+    coded = sum(row.num_bytes for row in vaestream.open(str(archive)).rows() if row.codec == "vae")
+    assert (rows.count("vae"), rows.count("source")) == (3, 2)
+    assert str(coded) in told and "cut.png" in told
+    assert told.index("lowest PSNR") < told.index("a.png")
 
 
 def test_compress_folder(local_ray: Path, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ _COLUMNS = [
     *("source_size", "source_url", "source_sha256", "error"),
 ]
 # What differs from one object to the next in an error that is the same: names and numbers.
-_PARTICULAR = re.compile(r"'[^']*'|\"[^\"]*\"|\d{3,}")
+_PARTICULAR = re.compile(r"'[^']*'|\"[^\"]*\"|(?<!\w)(?<!Errno )\d+(?!\w)")
 
 _log = logging.getLogger(__name__)
 

@@ -33,3 +33,12 @@ def fill(folder: Path, names: list[str], first: int = 0) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png(seed))
     return folder
+
+
+def files(archive: Path) -> dict[str, bytes]:
+    """Every file of an archive, the manifest included; not the report, which has times in it."""
+    return {
+        str(path.relative_to(archive)): path.read_bytes()
+        for path in sorted(archive.rglob("*"))
+        if path.is_file() and path.name != "report.html"
+    }

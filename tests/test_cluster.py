@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import hooked_processes
-from photos import fill, png
+from photos import files, fill, png
 
 import vaestream
 from vaestream.archive.verify import verify
@@ -119,15 +119,6 @@ def finish(process: subprocess.Popen[str]) -> str:
     _, told = process.communicate(timeout=300)
     assert process.returncode == 0, told
     return told
-
-
-def files(archive: Path) -> dict[str, bytes]:
-    """Every file of an archive, the manifest included."""
-    return {
-        str(path.relative_to(archive)): path.read_bytes()
-        for path in sorted(archive.rglob("*"))
-        if path.is_file()
-    }
 
 
 def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str] | None = None) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
-from photos import fill, png
+from photos import files, fill, png
 from PIL import Image, ImageOps
 
 import vaestream
@@ -44,15 +44,6 @@ def marks(local_ray: Path) -> Iterator[Path]:
     yield local_ray
     for mark in [*local_ray.glob("waiting-*"), local_ray / "go", local_ray / "deaths"]:
         mark.unlink(missing_ok=True)
-
-
-def files(archive: Path) -> dict[str, bytes]:
-    """Every file of an archive, the manifest included; the report, which tells times, is none."""
-    return {
-        str(path.relative_to(archive)): path.read_bytes()
-        for path in sorted(archive.rglob("*"))
-        if path.is_file() and path.name != "report.html"
-    }
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:

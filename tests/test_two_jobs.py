@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
-from photos import fill, png
+from photos import files, fill, png
 
 import vaestream
 from vaestream.archive.verify import verify
@@ -34,14 +34,6 @@ def run(local_ray: Path, weights: Path, tmp_path: Path) -> Run:
         return vaestream.compress(source, archive, **{**defaults, "workers": 1, **options})
 
     return compress
-
-
-def files(archive: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(archive)): path.read_bytes()
-        for path in sorted(archive.rglob("*"))
-        if path.is_file()
-    }
 
 
 def once(act: Callable[[], Any]) -> Callable[[Progress], None]:

@@ -225,6 +225,15 @@ def test_a_list_stands_for_what_it_names(tmp_path: Path, kind: str) -> None:
     assert found == expected
 
 
+def test_a_text_beside_photos_is_no_list(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(1))
+    (tmp_path / "notes.txt").write_text("not a path")
+    pq.write_table(pa.table({"url": ["not a path"]}), tmp_path / "index.parquet")
+    whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert contents(read(tmp_path / "*")) == whole
+    assert contents(read(*sorted(tmp_path.iterdir()))) == whole
+
+
 @pytest.mark.parametrize(
     ("name", "make", "reason"),
     [

@@ -140,6 +140,12 @@ def test_globs_and_files(tmp_path: Path) -> None:
         "2020/c.png",
         "2021/sub/d.jpg",
     ]
+    assert keys(list_sources([str(tmp_path / "20*" / "**")])) == [
+        "2019/a.jpg",
+        "2020/b.jpg",
+        "2020/c.png",
+        "2021/sub/d.jpg",
+    ]
     files = [str(tmp_path / name) for name in ("2020/c.png", "2019/a.jpg")]
     assert keys(list_sources(files)) == ["c.png", "a.jpg"]
 

@@ -1,7 +1,8 @@
 """Sources, as a user names them -> the objects they hold, found as one goes along.
 
 Nothing here grows with the number of objects, but for sources that only come whole (globs, the
-members of one zip) and, with several sources, 16 bytes an object to notice what is there twice.
+members of one zip) and, with globs, lists and several sources, about 200 bytes an object to notice
+what is there twice.
 """
 
 import fnmatch
@@ -90,9 +91,10 @@ def list_sources(
 
     A file that is named, or matched by a glob, and holds others, stands for these: members of a tar
     (also compressed) or zip; values of a Parquet file's image column (binary, or a struct with
-    bytes); what the URLs and paths of a list name (.txt a line each, .csv, .tsv or Parquet in a
-    column url, uri, path, file, file_name, filename, image, image_url or location), relative ones
-    from the list's folder. In a folder such files are objects like others.
+    bytes). In a folder such files are objects like others. Lists stand for what their URLs and
+    paths name (.txt a line each, .csv, .tsv or Parquet in a column url, uri, path, file, file_name,
+    filename, image, image_url or location), relative ones from the list's folder, where no other
+    sources are named: beside photos, or in a glob, a text is an object like others.
 
     A key is the path below the source's folder: a file's own name for a file, the path below the
     last folder without a wildcard for a glob; below a tar or zip the member's path, below Parquet
@@ -109,6 +111,8 @@ def list_sources(
     found, and told of, by the iteration.
     """
     found = [_resolve(text, storage_options) for text in sources]
+    if any(source.kind != "list" for source in found):
+        found = [_as_object(source) if source.kind == "list" else source for source in found]
     for fs in {id(source.fs): source.fs for source in found}.values():
         # A listing of an earlier run in this process would hide what is new.
         fs.invalidate_cache()
@@ -137,8 +141,8 @@ def _objects(
             if barrier is not None and _is_under(_real(source.fs, item.path), barrier):
                 continue
             key = prefix + item.key
-            if len(sources) > 1 or source.kind == "list":
-                # Only sources that overlap, and lists, have anything twice.
+            if len(sources) > 1 or source.kind in ("glob", "list"):
+                # Only sources that overlap, globs with ** and lists have anything twice.
                 url, mark = _digest(item.url), _digest(key)
                 if url in urls:
                     continue
@@ -202,6 +206,10 @@ def _file(text: str, fs: AbstractFileSystem, path: str, name: str, info: Info) -
     return _Source(text, fs, path, folder, kind == "file", kind, info)
 
 
+def _as_object(source: _Source) -> _Source:
+    return replace(source, kind="file", single=True, folder=_parent(source.path))
+
+
 def _items(
     listing: Listing, source: _Source, storage_options: Mapping[str, Any] | None
 ) -> Iterator[SourceObject]:
@@ -215,7 +223,7 @@ def _items(
         elif source.kind == "list":
             yield from _listed(listing, source, storage_options)
         elif source.kind == "glob":
-            yield from _globbed(listing, source, storage_options)
+            yield from _globbed(listing, source)
         else:
             name = _last(path.split("?")[0].split("#")[0]) if _is_web(fs) else _last(path)
             checked = _regular(path, source.info)
@@ -231,9 +239,7 @@ def _plain(
         yield _object(listing, fs, path, path[cut:], info)
 
 
-def _globbed(
-    listing: Listing, source: _Source, storage_options: Mapping[str, Any] | None
-) -> Iterator[SourceObject]:
+def _globbed(listing: Listing, source: _Source) -> Iterator[SourceObject]:
     fs, base = source.fs, source.folder
     matches: dict[str, Info] = retrying(
         fs, lambda: dict(fs.glob(source.path, detail=True)), seconds=LISTING_SECONDS
@@ -248,13 +254,17 @@ def _globbed(
         checked = _regular(path, info)
         if checked is None:
             continue
-        inner = _file(fs.unstrip_protocol(path), fs, path, path, checked)
-        if inner.kind == "container":
+        if is_container(path) or _has_pictures(fs, path):
             yield from _members(listing, fs, path, checked, path[cut:] + "/")
-        elif inner.kind == "list":
-            yield from _listed(listing, inner, storage_options)
         else:
             yield _object(listing, fs, path, path[cut:], checked)
+
+
+def _has_pictures(fs: AbstractFileSystem, path: str) -> bool:
+    try:
+        return is_parquet(path) and parquet_kind(fs, path, path) == "container"
+    except SourceError:
+        return False
 
 
 def _members(

@@ -41,7 +41,7 @@ def once(act: Callable[[], Any]) -> Callable[[Progress], None]:
     left = [act]
 
     def progress(now: Progress) -> None:
-        if left:
+        if left and now.done_shards == 1:
             left.pop()()
 
     return progress

@@ -54,10 +54,12 @@ class Replacement(Work):
     def __iter__(self) -> Iterator[Shard]:
         for shard in self._cutter.shards(self._objects):
             self.counts.new += len(shard.objects)
-            if shard.part_id in self._present:
-                self.parts.append(self._present[shard.part_id])
+            done = self._present.pop(shard.part_id, None)
+            if done is not None:
+                self.parts.append(done)
             else:
                 yield shard
+        self.dropped = {part.name for part in self._present.values()}
 
 
 class Growth(Work):

@@ -97,6 +97,8 @@ class Histogram:
         """The value below which `share` of all lie, to within a step; None without values."""
         if self.low is None or self.high is None:
             return None
+        if share >= 1:
+            return self.high
         at = int(np.searchsorted(np.cumsum(self.counts), share * self.total))
         return min(max((at + 0.5) * self.step, self.low), self.high)
 

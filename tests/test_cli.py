@@ -20,7 +20,9 @@ from photos import pixels as noise
 from PIL import Image
 
 from vaestream import cli
+from vaestream.archive.manifest import PartStats
 from vaestream.errors import ArchiveError
+from vaestream.pipeline.job import Progress
 
 __all__ = ["stand_in"]
 
@@ -82,6 +84,26 @@ def test_from_photos_to_an_archive_and_back(
         assert image.size == (96, 72)
     assert (out / "a.png").stat().st_mtime == 1_500_000_000
     assert not [path for path in out.rglob("*") if path.name.startswith(".")]
+
+
+def test_a_terminal_shows_life_before_the_first_part_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    line = cli._ProgressLine()
+    line._draw()
+    stats = PartStats(source_bytes=300, coded_bytes=100, vae_pixels=9_000_000)
+    line.show(Progress(8, 2, 0, 0, PartStats(), 1.0))
+    line.show(Progress(8, 2, 4, 1, stats, 90.0))
+    line.show(Progress(8, 2, 8, 2, stats, 180.0))
+    line.end()
+    told = capsys.readouterr().err
+    assert told.endswith("\n")
+    shown = [one.strip() for one in told.split("\r")]
+    assert any("listing the sources" in one for one in shown)
+    assert any("0/8 photos  first of 2 parts under way" in one for one in shown)
+    assert any("4/8 photos  0.1 MP/s  ratio 3.0  1:30 left" in one for one in shown)
+    assert any("8/8 photos" in one and one.endswith("finishing") for one in shown)
 
 
 def test_rows_with_errors_have_an_exit_code_of_their_own(

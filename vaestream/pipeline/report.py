@@ -46,7 +46,7 @@ _MOST_KINDS = 1000
 _THREADS = 8
 _MAX_PIXELS = 64_000_000
 _MAX_SOURCE_BYTES = 256 << 20
-_SIDE, _CROP = 320, 192
+_SIDE, _CROP = 320, 144
 _PICTURE_BYTES = 22_000
 _PROFILE_BYTES = 4096
 _COLUMNS = [
@@ -97,6 +97,8 @@ class Histogram:
         """The value below which `share` of all lie, to within a step; None without values."""
         if self.low is None or self.high is None:
             return None
+        if share >= 1:
+            return self.high
         at = int(np.searchsorted(np.cumsum(self.counts), share * self.total))
         return min(max((at + 0.5) * self.step, self.low), self.high)
 

@@ -17,6 +17,7 @@ _WIDTH, _HEIGHT = 400, 180
 _LEFT, _RIGHT, _TOP, _BOTTOM = 34, 10, 10, 26
 _BARS, _FEWEST_BARS = 40, 12
 _POINTS = 300
+_MANY = 500
 _REASONS = 30
 
 
@@ -134,6 +135,9 @@ def _histogram(counts: Histogram, unit: str, digits: int) -> Chart | None:
         return None
     top = counts.step * len(counts.counts)
     low, high = min(counts.low, top), min(counts.high, top)
+    if counts.total > _MANY:
+        # A few of a million may lie far out: the last bar takes them.
+        high = min(high, counts.quantile(0.998) or high)
     width = max(counts.step, _round_up((high - low) / (_BARS - 1)))
     per_bar = max(1, round(width / counts.step))
     first, last = int(low / width + 1e-9), int(high / width + 1e-9)
@@ -142,8 +146,8 @@ def _histogram(counts: Histogram, unit: str, digits: int) -> Chart | None:
     numbers = [
         int(counts.counts[i * per_bar : (i + 1) * per_bar].sum()) for i in range(first, last + 1)
     ]
-    # The last bin of all takes what is above it.
-    numbers[-1] += int(counts.counts[(last + 1) * per_bar :].sum())
+    above = int(counts.counts[(last + 1) * per_bar :].sum())
+    numbers[-1] += above
     most = max(numbers)
     across = (_WIDTH - _LEFT - _RIGHT) / len(numbers)
     bars = []
@@ -156,22 +160,16 @@ def _histogram(counts: Histogram, unit: str, digits: int) -> Chart | None:
                     round(_TOP + _plot_height() - height, 2),
                     round(across - 1, 2),
                     round(height, 2),
-                    f"{begin:.{digits}f} to {begin + width:.{digits}f} {unit}: {number:,}",
+                    f"{begin:.{digits}f} to {begin + width:.{digits}f} {unit}"
+                    f"{' and more' if above and i == len(numbers) - 1 else ''}: {number:,}",
                 )
             )
     lowest, span = first * width, len(numbers) * width
-    told = [
-        f"{name} {value:.{digits}f}"
-        for name, value in (
-            ("least", counts.low),
-            ("5 %", counts.quantile(0.05)),
-            ("median", counts.quantile(0.5)),
-            ("95 %", counts.quantile(0.95)),
-            ("most", counts.high),
-        )
-        if value is not None
-    ]
-    return Chart(f"{', '.join(told)} {unit}", _across(lowest, lowest + span), _up(most), bars=bars)
+    least, few, half, many, greatest = (
+        f"{counts.quantile(share):.{digits}f}" for share in (0, 0.05, 0.5, 0.95, 1)
+    )
+    told = f"{least} to {greatest} {unit}, median {half}; nine in ten between {few} and {many}"
+    return Chart(told, _across(lowest, lowest + span), _up(most), bars=bars)
 
 
 def _line(moments: Sequence[Moment], seconds: float) -> Chart:
@@ -223,8 +221,8 @@ def _across(low: float, high: float, *, clock: bool = False) -> list[Tick]:
 
 
 def _up(most: int) -> list[Tick]:
-    """0, and two or three round counts up to `most`."""
-    step = max(1, int(_round_up(most / 3)))
+    """0, and some round counts up to `most`."""
+    step = max(1, int(_round_up(most / 4)))
     return [
         Tick(round(_TOP + (1 - number / most) * _plot_height(), 1), _thousands(number))
         for number in range(0, most + 1, step)

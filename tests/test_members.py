@@ -119,6 +119,17 @@ def test_odd_members_are_renamed_or_told_of_by_rule(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_odd_files_come_out_of_a_tar_as_they_went_in(
+    shared: Path, tmp_path: Path, mode: str
+) -> None:
+    odd = shared / "photos" / "odd"
+    with tarfile.open(tmp_path / "odd.tar", mode) as tar:  # type: ignore[call-overload]
+        tar.add(odd, arcname=".")
+    found = contents(read(tmp_path / "odd.tar"))
+    assert found == contents(read(odd))
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_a_damaged_tar_gives_what_it_has_and_says_so(tmp_path: Path, mode: str) -> None:
     files = {f"{i}.png": png(i) for i in range(4)}
     path = make_tar(tmp_path / "cut.tar", mode, files)

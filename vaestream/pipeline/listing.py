@@ -277,7 +277,8 @@ def _members(
     names: Counter[str] = Counter()
     url = _told(fs.unstrip_protocol(path))
     for found in list_members(fs, path):
-        key = safe_key(found.name)
+        # What `tar c .` puts in front of each name says nothing.
+        key = safe_key(found.name.removeprefix("./"))
         names[key] += 1
         if names[key] > 1:
             stem, ending = os.path.splitext(key)

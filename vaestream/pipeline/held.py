@@ -60,6 +60,16 @@ class HeldRows:
         size, mtime, etag, part = (chunk[name][at].as_py() for name in _SCHEMA.names[1:])
         return Version(size, mtime, etag), self._parts[part]
 
+    def doubled(self, others: "HeldRows") -> list[PartInfo]:
+        """The parts with a key that `others` hold too, or that two of these parts hold."""
+        keys, parts = self._table["key"].combine_chunks(), self._table["part"].combine_chunks()
+        found = set(parts.filter(pc.is_in(keys, others._table["key"])).to_pylist())
+        if len(keys) > 1:
+            twice = pc.equal(keys.slice(1), keys.slice(0, len(keys) - 1))
+            found |= set(parts.slice(1).filter(twice).to_pylist())
+            found |= set(parts.slice(0, len(keys) - 1).filter(twice).to_pylist())
+        return [self._parts[number] for number in sorted(found)]
+
     def shares_keys(self, part: PartInfo) -> bool:
         """Whether any row of `part` has a key that is held."""
         keys = _read(self._fs, self._root, part, ["key"])["key"]

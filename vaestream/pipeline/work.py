@@ -89,8 +89,9 @@ class Growth(Work):
         self.dropped = _dropped(listed, loose)
         standing = [part for part in [*listed, *loose] if part.name not in self.dropped]
         # What was made in place of a part of the archive is one in all but name.
-        self._listed = [part for part in standing if part in listed or part.replaces is not None]
-        self._waiting = {part.part_id: part for part in standing if part not in self._listed}
+        names = {part.name for part in listed} | {p.name for p in loose if p.replaces is not None}
+        self._listed = [part for part in standing if part.name in names]
+        self._waiting = {part.part_id: part for part in standing if part.name not in names}
         self._changed: dict[str, list[SourceObject]] = {}
 
     def __iter__(self) -> Iterator[Shard]:
@@ -149,13 +150,14 @@ class Growth(Work):
     def _set_apart(self) -> None:
         """Drop those of the waiting parts that share a key with what is held or with another one:
         of jobs that were at work at the same time, over other listings."""
-        held = [self._held]
-        for part in sorted(self._waiting.values(), key=lambda one: one.name):
-            if any(rows.shares_keys(part) for rows in held):
+        waiting = HeldRows(self._fs, self._root, list(self._waiting.values()))
+        apart: list[HeldRows] = [self._held]
+        for part in sorted(waiting.doubled(self._held), key=lambda one: one.name):
+            if any(rows.shares_keys(part) for rows in apart):
                 self.dropped.add(part.name)
                 del self._waiting[part.part_id]
             else:
-                held.append(HeldRows(self._fs, self._root, [part]))
+                apart.append(HeldRows(self._fs, self._root, [part]))
 
 
 def _dropped(listed: Sequence[PartInfo], loose: Sequence[PartInfo]) -> set[str]:

@@ -1,0 +1,67 @@
+"""What stands in a destination is found by key, and what stands there twice is noticed."""
+
+import hashlib
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from vaestream.archive.manifest import PartInfo
+from vaestream.archive.schema import Row
+from vaestream.archive.writer import write_part
+from vaestream.pipeline import held
+from vaestream.pipeline.held import HeldRows
+
+TIME = datetime(2020, 1, 2, tzinfo=UTC)
+
+
+def write(root: Path, name: str, keys: list[str]) -> PartInfo:
+    rows = [
+        Row(
+            key=key,
+            data=b"x",
+            codec="source",
+            source_size=len(key),
+            source_mtime=TIME,
+            source_url="file:///x",
+            source_etag=f"e{key}",
+            source_sha256=hashlib.sha256(b"x").hexdigest(),
+        )
+        for key in sorted(keys)
+    ]
+    return write_part(LocalFileSystem(), str(root), name * 32, rows)
+
+
+def held_rows(root: Path, *parts: PartInfo) -> HeldRows:
+    return HeldRows(LocalFileSystem(), str(root), parts)
+
+
+def test_every_key_is_found_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held, "_CHUNK", 3)
+    keys = [f"{i:03}" for i in range(0, 40, 2)] + ["ü", "a/b"]
+    parts = [write(tmp_path, "a", keys[::2]), write(tmp_path, "b", keys[1::2])]
+    rows = held_rows(tmp_path, *parts)
+    assert len(rows) == len(keys)
+    for order in (sorted(keys), keys[::-1]):
+        for key in order:
+            version, part = rows.find(key) or (None, None)
+            assert version is not None and part is parts[keys.index(key) % 2]
+            assert (version.size, version.mtime, version.etag) == (len(key), TIME, f"e{key}")
+    assert [rows.find(key) for key in ("", "001", "zz", "\U0001f600")] == [None] * 4
+    assert held_rows(tmp_path).find("000") is None
+
+
+def test_parts_that_share_a_key_are_named(tmp_path: Path) -> None:
+    one = write(tmp_path, "a", ["1", "2"])
+    others = [
+        write(tmp_path, "b", ["3", "4"]),
+        write(tmp_path, "c", ["4", "5"]),
+        write(tmp_path, "d", ["2", "9"]),
+        write(tmp_path, "e", ["7"]),
+    ]
+    rows = held_rows(tmp_path, *others)
+    assert rows.doubled(held_rows(tmp_path, one)) == others[:3]
+    assert rows.doubled(held_rows(tmp_path)) == others[:2]
+    assert held_rows(tmp_path, others[3]).doubled(held_rows(tmp_path, one)) == []
+    assert rows.shares_keys(one) and not held_rows(tmp_path, one).shares_keys(others[3])

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint numbers clean
+.PHONY: setup demo test test-slow lint numbers clean
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -28,6 +28,10 @@ lint: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest
+
+# More of clusters, a minute or so each.
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
 
 # Every number of docs/model-card.md: make numbers KODAK=folder of the 24 Kodak photos
 numbers: $(READY)

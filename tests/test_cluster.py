@@ -177,6 +177,7 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_a_submitted_job_uses_the_cluster_it_runs_in(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +219,7 @@ def test_a_submitted_job_uses_the_cluster_it_runs_in(
     assert verify(str(tmp_path / "archive")) == []
 
 
+@pytest.mark.slow
 def test_a_node_that_joins_in_mid_job_takes_work(
     nodes: Nodes, start: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
@@ -234,6 +236,7 @@ def test_a_node_that_joins_in_mid_job_takes_work(
     assert len(vaestream.open(str(tmp_path / "archive"))) == 8
 
 
+@pytest.mark.slow
 def test_cpus_and_gpus_work_on_one_job(
     nodes: Nodes, start: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
@@ -252,6 +255,7 @@ def test_cpus_and_gpus_work_on_one_job(
     assert len(vaestream.open(str(tmp_path / "archive"))) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpus", [0, 1])
 def test_a_stopped_driver_leaves_the_cluster_and_its_parts(
     nodes: Nodes,

@@ -91,17 +91,19 @@ def test_a_terminal_shows_life_before_the_first_part_ends(
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     line = cli._ProgressLine()
-    line._draw()
-    stats = PartStats(source_bytes=300, coded_bytes=100, vae_pixels=9_000_000)
-    line.show(Progress(8, 2, 0, 0, PartStats(), 1.0))
-    line.show(Progress(8, 2, 4, 1, stats, 90.0))
-    line.show(Progress(8, 2, 8, 2, stats, 180.0))
-    line.end()
+    try:
+        line._draw()
+        stats = PartStats(source_bytes=300, coded_bytes=100, vae_pixels=9_000_000)
+        line.show(Progress(4, 1, False, 0, 0, PartStats(), 1.0))
+        line.show(Progress(8, 2, True, 4, 1, stats, 90.0))
+        line.show(Progress(8, 2, True, 8, 2, stats, 180.0))
+    finally:
+        line.end()
     told = capsys.readouterr().err
     assert told.endswith("\n")
     shown = [one.strip() for one in told.split("\r")]
     assert any("listing the sources" in one for one in shown)
-    assert any("0/8 photos  first of 2 parts under way" in one for one in shown)
+    assert any("0/4+ photos  first of 1+ parts under way" in one for one in shown)
     assert any("4/8 photos  0.1 MP/s  ratio 3.0  1:30 left" in one for one in shown)
     assert any("8/8 photos" in one and one.endswith("finishing") for one in shown)
 

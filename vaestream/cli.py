@@ -594,8 +594,12 @@ class _ProgressLine:
                 self._last = time.monotonic()
 
     def end(self) -> None:
-        """Leave the terminal's line."""
+        """Leave the terminal's line for good."""
         self._ended.set()
+        self.interrupt()
+
+    def interrupt(self) -> None:
+        """Leave what is shown and go on below it."""
         with self._lock:
             if self._width:
                 print(file=sys.stderr)
@@ -618,9 +622,11 @@ class _ProgressLine:
             return f"{passed}  listing the sources"
         more = "" if now.listed else "+"
         counted = f"{passed}  {now.done_objects}/{now.objects}{more} photos"
+        if not now.done_shards:
+            return f"{counted}  first of {now.shards}{more} parts under way"
         left = now.remaining_seconds
         if left is None:
-            rest = "?" if now.done_shards else f"first of {now.shards}{more} parts under way"
+            rest = "?"
         elif now.done_shards == now.shards:
             rest = "finishing"
         else:
@@ -639,7 +645,7 @@ class _Warnings(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Tell it, below the line of progress."""
-        self._line.end()
+        self._line.interrupt()
         print(f"vaestream: warning: {shown(record.getMessage())}", file=sys.stderr, flush=True)
 
 

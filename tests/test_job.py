@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -360,19 +361,25 @@ def test_workers_follow_from_what_the_cluster_has() -> None:
         plan_pools([cpus], shards=1, workers=0)
 
 
-@pytest.mark.parametrize("folder", ["odd", "camera"])
+@pytest.mark.parametrize(("folder", "packed"), [("odd", False), ("odd", True), ("camera", False)])
 def test_files_from_the_wild(
-    run: Callable[..., Summary], tmp_path: Path, shared: Path, folder: str
+    run: Callable[..., Summary], tmp_path: Path, shared: Path, folder: str, packed: bool
 ) -> None:
     source = shared / "photos" / folder
-    names = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
-    summary = run(source, tmp_path / "archive", shard_images=64, verify="none")
+    paths = {str(path.relative_to(source)): path for path in source.rglob("*") if path.is_file()}
+    if packed:
+        with tarfile.open(tmp_path / "all.tar", "w") as tar:
+            for name, path in paths.items():
+                tar.add(path, name)
+        summary = run(tmp_path / "all.tar", tmp_path / "archive", shard_images=64, verify="none")
+    else:
+        summary = run(source, tmp_path / "archive", shard_images=64, verify="none")
     archive = vaestream.open(str(tmp_path / "archive"))
     rows = list(archive.rows())
-    assert {row.key for row in rows} == names and summary.objects == len(rows) == len(names)
-    assert summary.photos + sum(summary.kept.values()) + sum(summary.errors.values()) == len(names)
+    assert {row.key for row in rows} == set(paths) and summary.objects == len(rows) == len(paths)
+    assert summary.photos + sum(summary.kept.values()) + sum(summary.errors.values()) == len(paths)
     for row in rows:
-        original = (source / row.key).read_bytes()
+        original = paths[row.key].read_bytes()
         if row.codec == "source":
             assert archive.blob(row.key) == original, row.key
             assert (row.reason is None) != (row.error is None), row.key

@@ -3,6 +3,9 @@
 import hashlib
 import logging
 import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -11,7 +14,9 @@ from vaestream.archive.schema import Row
 from vaestream.codec import Codec, Encoded
 from vaestream.codec.metrics import psnr
 from vaestream.errors import VaestreamError
+from vaestream.pipeline.fetch import Fetched
 from vaestream.pipeline.plan import SourceObject
+from vaestream.text import describe
 
 Verify = Literal["none", "sample", "all"]
 
@@ -19,6 +24,8 @@ _SAMPLE_OF = 16
 _PSNR_TOLERANCE = 0.01
 
 _log = logging.getLogger(__name__)
+
+_Loaded = images.Photo | images.Kept | images.Broken
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,18 +118,44 @@ class Compressor:
     def __init__(self, codec: Codec, settings: Settings, verify: Verify = "sample") -> None:
         self._codec, self._settings, self._verify = codec, settings, verify
 
+    def rows(self, fetched: Iterable[Fetched]) -> Iterator[Row]:
+        """The rows of objects, in their order.
+
+        Another thread reads the next file into pixels while the codec works; with the threads that
+        fetch and the codec's own, that is all that can overlap in one process, as the entropy coder
+        keeps Python's lock.
+        """
+        ahead: deque[tuple[Fetched, Future[_Loaded] | None]] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
+            for got in fetched:
+                loading = None if got.data is None else pool.submit(self._load, got.item, got.data)
+                ahead.append((got, loading))
+                if len(ahead) > 1:
+                    yield self._row_of(*ahead.popleft())
+            while ahead:
+                yield self._row_of(*ahead.popleft())
+
     def row(self, item: SourceObject, data: bytes) -> Row:
         """The row of an object whose bytes are `data`."""
+        (row,) = self.rows([Fetched(item, data)])
+        return row
+
+    def _row_of(self, got: Fetched, loading: Future[_Loaded] | None) -> Row:
+        item, data = got.item, got.data
+        if data is None or loading is None:
+            return failed(item, None, got.error or "cannot be read")
         try:
-            return self._row(item, data)
+            return self._row(item, data, loading.result())
         except Exception as error:
             # The one place that catches all: a surprise in one of a million photos costs that
             # photo's row its compression, not the job.
             _log.warning("%s: kept as it is", item.url, exc_info=True)
             return failed(item, data, f"cannot be compressed: {describe(error)}")
 
-    def _row(self, item: SourceObject, data: bytes) -> Row:
-        loaded = images.load(data, name=item.key, max_pixels=self._settings.max_pixels)
+    def _load(self, item: SourceObject, data: bytes) -> _Loaded:
+        return images.load(data, name=item.key, max_pixels=self._settings.max_pixels)
+
+    def _row(self, item: SourceObject, data: bytes, loaded: _Loaded) -> Row:
         if isinstance(loaded, images.Broken):
             return kept(
                 item,
@@ -210,12 +243,6 @@ def failed(item: SourceObject, data: bytes | None, error: str) -> Row:
         return kept(item, data, error=error)
     unread = {**_source(item, b""), "source_size": item.version.size or 0}
     return Row(data=b"", codec="source", error=error, **unread)
-
-
-def describe(error: BaseException) -> str:
-    """An exception in one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _source(item: SourceObject, data: bytes) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from vaestream.archive.manifest import PartStats
 from vaestream.errors import VaestreamError
-from vaestream.pipeline.compressor import Compressor, failed
+from vaestream.pipeline.compressor import Compressor
 from vaestream.pipeline.fetch import fetch_all
 from vaestream.pipeline.members import MemberReader
 from vaestream.pipeline.plan import SourceObject
@@ -62,13 +62,11 @@ def estimate(prepared: Prepared, *, sample: int = 32, max_object_bytes: int = 1 
     stats = PartStats()
     begin = time.monotonic()
     try:
-        for got in fetch_all(
+        fetched = fetch_all(
             chosen, prepared.listing.stores, members=members, max_object_bytes=max_object_bytes
-        ):
-            if got.data is None:
-                stats.add(failed(got.item, None, got.error or "cannot be read"))
-            else:
-                stats.add(compressor.row(got.item, got.data))
+        )
+        for row in compressor.rows(fetched):
+            stats.add(row)
     finally:
         members.close()
     seconds = time.monotonic() - begin

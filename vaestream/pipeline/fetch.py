@@ -9,9 +9,9 @@ from fsspec import AbstractFileSystem
 
 from vaestream.archive.retries import UNKNOWN_BYTES, may_pass, retrying
 from vaestream.errors import SourceError
-from vaestream.pipeline.compressor import describe
 from vaestream.pipeline.members import MemberError, MemberReader
 from vaestream.pipeline.plan import SourceObject
+from vaestream.text import describe
 
 _UNKNOWN_SIZE = 16 << 20
 _READINGS = 3

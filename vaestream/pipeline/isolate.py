@@ -2,6 +2,7 @@
 
 import multiprocessing
 import signal
+from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from types import TracebackType
@@ -10,6 +11,7 @@ from typing import Protocol, Self
 from vaestream.archive.schema import Row
 from vaestream.errors import VaestreamError
 from vaestream.pipeline.compressor import failed
+from vaestream.pipeline.fetch import Fetched
 from vaestream.pipeline.plan import SourceObject
 
 _TRIES = 2
@@ -18,6 +20,8 @@ _GONE = (EOFError, BrokenPipeError, ConnectionResetError)
 
 class MakesRows(Protocol):
     """What a compressor is to a worker."""
+
+    def rows(self, fetched: Iterable[Fetched]) -> Iterator[Row]: ...
 
     def row(self, item: SourceObject, data: bytes) -> Row: ...
 
@@ -51,6 +55,14 @@ class IsolatedCompressor:
     ) -> None:
         if self._child is not None:
             self._stop()
+
+    def rows(self, fetched: Iterable[Fetched]) -> Iterator[Row]:
+        """The rows of objects, in their order; the process has one of them at a time."""
+        for got in fetched:
+            if got.data is None:
+                yield failed(got.item, None, got.error or "cannot be read")
+            else:
+                yield self.row(got.item, got.data)
 
     def row(self, item: SourceObject, data: bytes) -> Row:
         """The row of an object whose bytes are `data`."""

@@ -4,7 +4,7 @@ import heapq
 import json
 import pickle
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,8 @@ from vaestream.archive.storage import join
 from vaestream.archive.writer import committed_part, write_part
 from vaestream.errors import VaestreamError
 from vaestream.pipeline.attempts import ISOLATE_AFTER, begin_attempt, end_attempts
-from vaestream.pipeline.compressor import Compressor, Settings, Verify, failed
-from vaestream.pipeline.fetch import Fetched, Witnesses, fetch_all
+from vaestream.pipeline.compressor import Compressor, Settings, Verify
+from vaestream.pipeline.fetch import Witnesses, fetch_all
 from vaestream.pipeline.isolate import IsolatedCompressor, MakesRows
 from vaestream.pipeline.members import MemberReader
 from vaestream.pipeline.plan import Shard
@@ -122,7 +122,7 @@ class ShardWorker:
             max_object_bytes=spec.max_object_bytes,
             witnesses=self._witnesses,
         )
-        rows: Iterator[Row] = _rows(fetched, compressor)
+        rows: Iterator[Row] = compressor.rows(fetched)
         if shard.base is not None:
             anew = {item.key for item in shard.objects}
             old = read_rows(spec.fs, join(spec.root, shard.base))
@@ -163,11 +163,3 @@ def part_of(outcome: str) -> PartInfo:
 def make_batch(shards: Sequence[Shard]) -> list[dict[str, bytes]]:
     """Rows of a dataset for `ShardWorker`; pickled, as Arrow takes no name that is not UTF-8."""
     return [{"shard": pickle.dumps(shard)} for shard in shards]
-
-
-def _rows(fetched: Iterable[Fetched], compressor: MakesRows) -> Iterator[Row]:
-    for got in fetched:
-        if got.data is None:
-            yield failed(got.item, None, got.error or "cannot be read")
-        else:
-            yield compressor.row(got.item, got.data)

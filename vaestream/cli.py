@@ -208,6 +208,8 @@ def extract(args: argparse.Namespace) -> int:
         args.destination,
         args.keys,
         format=args.format,
+        region=args.region,
+        max_size=args.max_size,
         workers=args.workers,
         address=args.address,
         storage_options=args.storage_options,
@@ -463,6 +465,8 @@ def _extract_arguments(parser: argparse.ArgumentParser) -> None:
         help="of decoded photos (default png); source: as their sources. Kept sources come out "
         "byte for byte",
     )
+    add("--region", type=_region, metavar="X,Y,W,H", help="pixels of each photo to decode")
+    add("--max-size", type=int, metavar="N", help="shrink photos to N pixels on the longer side")
     add("--workers", type=int, metavar="N", help="Ray workers; 0: none, whatever there is to write")
     add("--address", metavar="RAY", help="Ray cluster; default: RAY_ADDRESS, or a local Ray")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -538,6 +542,16 @@ def _storage_argument(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help='for fsspec: {"endpoint_url": ...}, or by protocol: {"s3": {...}, "https": {...}}',
     )
+
+
+def _region(text: str) -> tuple[int, int, int, int]:
+    try:
+        x, y, width, height = map(int, text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            "four numbers with commas are wanted: left, top, width, height"
+        ) from error
+    return x, y, width, height
 
 
 def _json_object(text: str) -> dict[str, Any]:

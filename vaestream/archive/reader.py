@@ -39,6 +39,7 @@ from vaestream.errors import ArchiveError, DamagedArchiveError, VaestreamError
 
 if TYPE_CHECKING:
     from vaestream.codec import Codec
+    from vaestream.codec.view import Region
 
 _GAP_BYTES = 16 << 10
 """Bytes worth reading in vain to save a request, where several photos are asked for."""
@@ -208,12 +209,22 @@ class Archive:
         pixels = self._decode([blobs[at]])[0]
         return images.to_image(pixels, exif=extra.exif, xmp=extra.xmp, icc=extra.icc)
 
-    def read(self, keys: Sequence[str]) -> list[npt.NDArray[np.uint8]]:
+    def read(
+        self,
+        keys: Sequence[str],
+        *,
+        region: "Region | None" = None,
+        max_size: int | None = None,
+    ) -> list[npt.NDArray[np.uint8]]:
         """The photos as uint8 arrays, (H, W, 3) or (H, W) for gray, upright, in the keys' order.
 
-        The bitstreams are decoded in one batch. Kept sources give 8 bits too: transparency is laid
-        over white, 16 bits lose the lower 8, other colour spaces become RGB as Pillow converts
-        them. Raises as `archive[key]` does.
+        The bitstreams are read together. region: left, top, width and height in pixels of the part
+        to decode, from each. max_size: shrink what is longer than that on its longer side. Both
+        cost what they give, not what the photos would cost whole.
+
+        Kept sources, which are decoded whole, give 8 bits too: transparency is laid over white, 16
+        bits lose the lower 8, other colour spaces become RGB as Pillow converts them. Raises
+        ValueError where a photo does not have the region, else as `archive[key]` does.
         """
         places = [self._at(key) for key in keys]
         for at in places:
@@ -223,11 +234,11 @@ class Archive:
         coded = [at for at in unique if self._entry("codec", at) == "vae"]
         pixels: dict[int, npt.NDArray[np.uint8]] = {}
         if coded:
-            decoded = self._decode([blobs[at] for at in coded])
+            decoded = self._decode([blobs[at] for at in coded], region, max_size)
             pixels.update(zip(coded, decoded, strict=True))
         for at in unique:
             if at not in pixels:
-                pixels[at] = self._source_pixels(at, blobs[at])
+                pixels[at] = _seen(self._source_pixels(at, blobs[at]), region, max_size)
         return [pixels[at] for at in places]
 
     @property
@@ -248,9 +259,14 @@ class Archive:
 
     # --- inside ------------------------------------------------------------------------------
 
-    def _decode(self, blobs: Sequence[bytes]) -> list[npt.NDArray[np.uint8]]:
+    def _decode(
+        self,
+        blobs: Sequence[bytes],
+        region: "Region | None" = None,
+        max_size: int | None = None,
+    ) -> list[npt.NDArray[np.uint8]]:
         # Without a limit: these are the bytes that were committed, and `row` tells their size.
-        return self.codec.decode(blobs, max_pixels=None)
+        return self.codec.decode(blobs, region=region, max_size=max_size, max_pixels=None)
 
     def _check_process(self) -> None:
         """After a fork the store's connections, and perhaps a held lock, are the parent's."""
@@ -536,6 +552,15 @@ def _payloads_fit(extra: Payloads, row: dict[str, Any]) -> bool:
         lengths == [row[f"{name}_length"] for name in _PAYLOADS]
         and metadata_crc32(*values) == row["metadata_crc32"]
     )
+
+
+def _seen(
+    pixels: npt.NDArray[np.uint8], region: "Region | None", max_size: int | None
+) -> npt.NDArray[np.uint8]:
+    from vaestream.codec.view import View
+
+    height, width = pixels.shape[:2]
+    return View.of(width, height, region=region, max_size=max_size, reduced=False).show(pixels)
 
 
 def _as_8bit(image: Image.Image) -> npt.NDArray[np.uint8]:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -29,6 +29,8 @@ from .networks import Networks, SideInformation, TilePrior, best_dtype, cut
 from .rate_control import rounding_offsets, sample_patches, solve_quality
 from .refinement import refine
 from .streams import TileDecoder, TileEncoder, decode_z, encode_z
+from .transforms import STRIDE
+from .view import Region, View
 from .weights_file import import_weights
 
 _WINDOW_PIXELS = 2048
@@ -53,6 +55,20 @@ class Encoded:
     data: bytes
     quality: float
     psnr: float | None
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What a bitstream says of a picture, or of a view of it, before the synthesis. Pickles.
+
+    y_hat: (rows, columns, channels) float32, the gain removed. rectangle: where it lies in the
+    picture's grid of latents. header: the bitstream's. view: what is to be shown.
+    """
+
+    y_hat: Tensor
+    rectangle: Rectangle
+    header: Header
+    view: View
 
 
 class Codec:
@@ -164,20 +180,87 @@ class Codec:
             assert target_psnr is not None
             return self._encode_to_psnr(image, target_psnr, effort=effort)
 
-    @torch.inference_mode()
     def decode(
-        self, blobs: Sequence[bytes], *, max_pixels: int | None = MAX_PIXELS
+        self,
+        blobs: Sequence[bytes],
+        *,
+        region: Region | None = None,
+        max_size: int | None = None,
+        max_pixels: int | None = MAX_PIXELS,
     ) -> list[NDArray[np.uint8]]:
         """Decode bitstreams to uint8 pictures, (H, W, 3) or (H, W) as they were encoded.
 
-        max_pixels: pictures beyond are refused before memory is taken, since a few bytes can claim
-        a large one; None for no limit.
+        region: left, top, width and height in pixels of the part to decode, from each; time and
+        memory follow from its size. The result is that of decoding all, within a level. max_size:
+        shrink what is longer than that on its longer side, at a cost that falls with the size (see
+        `View.of`). max_pixels: regions beyond are refused before memory is taken, since a few bytes
+        can claim a large picture; None for no limit.
 
         Raises ModelMismatchError if other weights are needed, BitstreamError if a blob is damaged
-        or too large.
+        or too large, ValueError if a picture does not have the region.
+        """
+        return [
+            self.synthesise(
+                self.decode_latents(blob, region=region, max_size=max_size, max_pixels=max_pixels)
+            )
+            for blob in blobs
+        ]
+
+    @torch.inference_mode()
+    def decode_latents(
+        self,
+        blob: bytes,
+        *,
+        region: Region | None = None,
+        max_size: int | None = None,
+        max_pixels: int | None = MAX_PIXELS,
+    ) -> Latents:
+        """The first half of `decode`, entropy decoding: what `synthesise` makes a picture of.
+
+        For the two halves in different processes, the second with a GPU. Raises as `decode` does.
         """
         with torch.autocast(self.device.type, enabled=False):
-            return [self._decode_one(blob, max_pixels) for blob in blobs]
+            stream = self._open(blob)
+            header, config = stream.header, self.networks.config
+            view = View.of(header.width, header.height, region=region, max_size=max_size)
+            pixels = view.region[2] * view.region[3]
+            if max_pixels is not None and pixels > max_pixels:
+                raise BitstreamError(
+                    f"{pixels} pixels of a picture of {header.width}x{header.height} are more than "
+                    f"max_pixels = {max_pixels}"
+                )
+            passes = view.passes(config.passes)
+            channels = config.passes[passes - 1].stop
+            wanted = view.latents(*header.latent_size, halo=config.synthesis_radius)
+            tiles = {n: t for n, t in enumerate(header.tiles()) if _overlap(t, wanted)}
+            top, left, bottom, right = _hull(tiles.values())
+            y_hat = torch.empty((bottom - top, right - left, channels), device=self.device)
+            q = self.networks.quality(header.quality)
+            gain = self.networks.gain(q)[:channels]
+            side = self._side_information(self._z_hat(stream), q, (top, left, bottom, right))
+            for numbers, rectangles in _batches(tiles):
+                prior = side.tiles(rectangles)
+                self._decode_tiles([stream.tiles[n] for n in numbers], prior, passes)
+                _paste(y_hat, rectangles, prior.y_hat(channels), gain, top, left)
+            y_hat = y_hat[wanted[0] - top : wanted[2] - top, wanted[1] - left : wanted[3] - left]
+            return Latents(y_hat, wanted, header, view)
+
+    @torch.inference_mode()
+    def synthesise(self, latents: Latents) -> NDArray[np.uint8]:
+        """The second half of `decode`: a uint8 picture, (H, W, 3) or (H, W)."""
+        with torch.autocast(self.device.type, enabled=False):
+            header, view = latents.header, latents.view
+            y_hat = latents.y_hat.to(self.device)
+            top, left, bottom, right = (STRIDE * at for at in latents.rectangle)
+            if view.shrink == 1:
+                height, width = min(bottom, header.height) - top, min(right, header.width) - left
+                quality = self.networks.quality(header.quality)
+                pixels = self.networks.synthesise(y_hat, quality, height, width)
+            else:
+                pixels = self.networks.synthesise_reduced(y_hat, view.shrink)
+            if header.channels == 1:
+                pixels = _to_gray(pixels)
+            return view.show(pixels.cpu().numpy(), top, left)
 
     @torch.inference_mode()
     def count_symbols(self, image: NDArray[np.uint8], quality: float) -> list[NDArray[np.int64]]:
@@ -193,7 +276,7 @@ class Codec:
             y = self._analyse(image, quality).mul_(self.networks.gain(q))
             side = self.networks.side_information(self.networks.hyper_analyse(y), q)
             counts = [np.zeros(len(t.counts), np.int64) for t in self._y_tables]
-            for _, rectangles in _batches(header.tiles()):
+            for _, rectangles in _batches(dict(enumerate(header.tiles()))):
                 prior = side.tiles(rectangles)
                 for symbols, index in self._quantise(cut(y, rectangles), prior):
                     flat, number = symbols.ravel(), index.ravel()
@@ -298,7 +381,7 @@ class Codec:
         side = self.networks.side_information(z_hat, q)
         z_stream = encode_z(z_hat[0].cpu().numpy(), self._tables_of_z(quality))
         streams = [b""] * header.num_tiles
-        for numbers, rectangles in _batches(header.tiles()):
+        for numbers, rectangles in _batches(dict(enumerate(header.tiles()))):
             prior = side.tiles(rectangles)
             encoders = [TileEncoder(self._y_tables) for _ in numbers]
             for symbols, index in self._quantise(cut(y, rectangles), prior):
@@ -307,7 +390,7 @@ class Codec:
             for number, encoder in zip(numbers, encoders, strict=True):
                 streams[number] = encoder.finish()
             if measure:
-                _paste(y, rectangles, prior.y_hat(), gain)
+                _paste(y, rectangles, prior.y_hat(self.networks.config.latent), gain)
         psnr = None
         if measure:
             decoded = self.networks.synthesise(y, q, height, width)
@@ -343,65 +426,50 @@ class Codec:
         For comparing devices and settings; raises what `decode` raises.
         """
         with torch.autocast(self.device.type, enabled=False):
-            stream, z_hat = self._open(blob)
+            stream = self._open(blob)
+            found = [z_hat := self._z_hat(stream)]
             side = self._side_information(z_hat, self.networks.quality(stream.header.quality))
-            found = [z_hat]
-            for numbers, rectangles in _batches(stream.header.tiles()):
+            passes = len(self.networks.config.passes)
+            for numbers, rectangles in _batches(dict(enumerate(stream.header.tiles()))):
                 data = [stream.tiles[n] for n in numbers]
-                found += self._decode_tiles(data, side.tiles(rectangles))
+                found += self._decode_tiles(data, side.tiles(rectangles), passes)
             return found
 
-    def _decode_one(self, blob: bytes, max_pixels: int | None) -> NDArray[np.uint8]:
-        stream, z_hat = self._open(blob, max_pixels)
-        header = stream.header
-        q = self.networks.quality(header.quality)
-        gain = self.networks.gain(q)
-        rows, columns = header.latent_size
-        y_hat = torch.empty((rows, columns, self.networks.config.latent), device=self.device)
-        side = self._side_information(z_hat, q)
-        for numbers, rectangles in _batches(header.tiles()):
-            prior = side.tiles(rectangles)
-            self._decode_tiles([stream.tiles[n] for n in numbers], prior)
-            _paste(y_hat, rectangles, prior.y_hat(), gain)
-        pixels = self.networks.synthesise(y_hat, q, header.height, header.width)
-        if header.channels == 1:
-            pixels = _to_gray(pixels)
-        result: NDArray[np.uint8] = pixels.cpu().numpy()
-        return result
-
-    def _open(
-        self, blob: bytes, max_pixels: int | None = None
-    ) -> tuple[Bitstream, NDArray[np.int32]]:
-        """A checked bitstream of this model, and its z_hat (hyper, rows, columns)."""
+    def _open(self, blob: bytes) -> Bitstream:
+        """A bitstream of this model. Raises what `decode` raises."""
         stream = unpack(blob)
         header = stream.header
-        if max_pixels is not None and header.width * header.height > max_pixels:
-            raise BitstreamError(
-                f"a picture of {header.width}x{header.height} has more than "
-                f"max_pixels = {max_pixels} pixels"
-            )
         if not self.model_id.startswith(header.model_id_prefix):
             raise ModelMismatchError(
                 f"written with model {header.model_id_prefix}, but the one at hand is "
                 f"{self.model_id[: 2 * MODEL_ID_BYTES]}: load the codec with that model's weights "
                 f"(an archive keeps its own under models/)"
             )
+        return stream
+
+    def _z_hat(self, stream: Bitstream) -> NDArray[np.int32]:
+        """(hyper, rows, columns), checked."""
+        header = stream.header
         rows, columns = (-(-side // HYPER_STRIDE) for side in (header.height, header.width))
         z_hat = decode_z(stream.z, self._tables_of_z(header.quality), rows, columns)
         if z_hat.min() < -Z_LIMIT or z_hat.max() > Z_LIMIT:
             raise BitstreamError(f"hyper-latents beyond {Z_LIMIT}")
-        return stream, z_hat
+        return z_hat
 
-    def _side_information(self, z_hat: NDArray[np.int32], quality: Tensor) -> SideInformation:
+    def _side_information(
+        self, z_hat: NDArray[np.int32], quality: Tensor, within: Rectangle | None = None
+    ) -> SideInformation:
         return self.networks.side_information(
-            torch.from_numpy(z_hat)[None].to(self.device), quality
+            torch.from_numpy(z_hat)[None].to(self.device), quality, within
         )
 
-    def _decode_tiles(self, streams: Sequence[bytes], prior: TilePrior) -> list[NDArray[np.int32]]:
-        """Decode tiles of one shape into their prior; returns the symbols of each pass."""
+    def _decode_tiles(
+        self, streams: Sequence[bytes], prior: TilePrior, passes: int
+    ) -> list[NDArray[np.int32]]:
+        """Decode the first passes of tiles of one shape into their prior; returns their symbols."""
         decoders = [TileDecoder(data, self._y_tables) for data in streams]
         found = []
-        for number, p in enumerate(self.networks.config.passes):
+        for number, p in enumerate(self.networks.config.passes[:passes]):
             mean, index = prior.predict(number, p)
             mask = prior.mask(p)
             coded = (index if mask is None else index[:, mask]).flatten(1).cpu().numpy()
@@ -431,22 +499,40 @@ def shipped_weights() -> bytes:
 
 
 def _batches(
-    rectangles: Sequence[Rectangle],
+    tiles: Mapping[int, Rectangle],
 ) -> Iterator[tuple[list[int], list[Rectangle]]]:
-    """Tiles that are computed together: some of one shape, with their numbers."""
+    """Tiles, by number, that are computed together: some of one shape, with their numbers."""
     by_shape: dict[tuple[int, int], list[int]] = {}
-    for number, (top, left, bottom, right) in enumerate(rectangles):
+    for number, (top, left, bottom, right) in tiles.items():
         by_shape.setdefault((bottom - top, right - left), []).append(number)
     for numbers in by_shape.values():
         for start in range(0, len(numbers), _TILES_AT_ONCE):
             chosen = numbers[start : start + _TILES_AT_ONCE]
-            yield chosen, [rectangles[n] for n in chosen]
+            yield chosen, [tiles[n] for n in chosen]
 
 
-def _paste(y: Tensor, rectangles: Sequence[Rectangle], tiles: Tensor, gain: Tensor) -> None:
-    """Write tiles of scaled latents, with the gain removed, into y (rows, columns, latent)."""
+def _paste(
+    y: Tensor,
+    rectangles: Sequence[Rectangle],
+    tiles: Tensor,
+    gain: Tensor,
+    y_top: int = 0,
+    y_left: int = 0,
+) -> None:
+    """Write tiles of scaled latents, with the gain removed, into y (rows, columns, channels), which
+    begins at (y_top, y_left) of the picture's."""
     for (top, left, bottom, right), tile in zip(rectangles, tiles, strict=True):
-        torch.div(tile, gain, out=y[top:bottom, left:right])
+        place = y[top - y_top : bottom - y_top, left - y_left : right - y_left]
+        torch.div(tile, gain, out=place)
+
+
+def _overlap(a: Rectangle, b: Rectangle) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _hull(rectangles: Iterable[Rectangle]) -> Rectangle:
+    tops, lefts, bottoms, rights = zip(*rectangles, strict=True)
+    return min(tops), min(lefts), max(bottoms), max(rights)
 
 
 def _fetch(url: str | os.PathLike[str], storage_options: dict[str, Any] | None) -> bytes:

@@ -15,27 +15,44 @@ from torch import Tensor
 from .bitstream import Rectangle
 from .config import HYPER_STRIDE, Z_LIMIT, CodingPass
 from .exact import ExactScaleBranch
-from .transforms import CORRECTION_UNIT, STRIDE, space_to_depth
+from .transforms import CORRECTION_UNIT, STRIDE, depth_to_space, space_to_depth
 from .weights_file import Weights
 from .windows import windows
 
 _LATENTS_PER_Z = HYPER_STRIDE // STRIDE
+_Z_HALO = 2  # how far, in z, the features of a latent reach
 _STRIP = 64  # rows of latents
 _FINISH_POSITIONS = 512
 
 
 class SideInformation:
-    """What z_hat says about y, for the whole picture."""
+    """What z_hat says about y, for the whole picture or for a rectangle of latents in it."""
 
-    def __init__(self, networks: "Networks", z_hat: Tensor, quality: Tensor) -> None:
+    def __init__(
+        self,
+        networks: "Networks",
+        z_hat: Tensor,
+        quality: Tensor,
+        within: Rectangle | None = None,
+    ) -> None:
         self._networks = networks
+        self._top = self._left = 0
+        if within is not None:
+            top, left = (max(0, at // _LATENTS_PER_Z - _Z_HALO) for at in within[:2])
+            bottom, right = (-(-at // _LATENTS_PER_Z) + _Z_HALO for at in within[2:])
+            z_hat = z_hat[:, :, top:bottom, left:right]
+            self._top, self._left = top * _LATENTS_PER_Z, left * _LATENTS_PER_Z
         mean = networks.model.h_s_mean.features(z_hat.float(), quality)
         self._mean = mean[0].permute(1, 2, 0)
         self._scale = networks.exact.features(z_hat)
 
     def tiles(self, rectangles: Sequence[Rectangle]) -> "TilePrior":
         """The prior of the symbols in some tiles of one shape."""
-        return TilePrior(self._networks, cut(self._mean, rectangles), cut(self._scale, rectangles))
+        places = [
+            (top - self._top, left - self._left, bottom - self._top, right - self._left)
+            for top, left, bottom, right in rectangles
+        ]
+        return TilePrior(self._networks, cut(self._mean, places), cut(self._scale, places))
 
 
 class TilePrior:
@@ -92,9 +109,9 @@ class TilePrior:
         if p.stop <= self._symbols.shape[3]:
             self._symbols[..., part] = symbols
 
-    def y_hat(self) -> Tensor:
-        """The reconstruction in steps, float32, once all passes are revealed."""
-        return self._residual.add_(self._mean)
+    def y_hat(self, channels: int) -> Tensor:
+        """The reconstruction in steps, float32, of the first channels, once they are revealed."""
+        return self._residual[..., :channels].add_(self._mean[..., :channels])
 
 
 def cut(grid: Tensor, rectangles: Sequence[Rectangle]) -> Tensor:
@@ -173,9 +190,11 @@ class Networks:
         z: Tensor = self.model.h_a.downsample(hidden.permute(2, 0, 1)[None])
         return torch.floor(z + 0.5).clamp_(-Z_LIMIT, Z_LIMIT).to(torch.int32)
 
-    def side_information(self, z_hat: Tensor, quality: Tensor) -> SideInformation:
-        """Mean and scale from z_hat, (1, hyper, h, w) int32."""
-        return SideInformation(self, z_hat, quality)
+    def side_information(
+        self, z_hat: Tensor, quality: Tensor, within: Rectangle | None = None
+    ) -> SideInformation:
+        """Mean and scale from z_hat, (1, hyper, h, w) int32; `within` a rectangle of latents."""
+        return SideInformation(self, z_hat, quality, within)
 
     def synthesise(self, y_hat: Tensor, quality: Tensor, height: int, width: int) -> Tensor:
         """y_hat (rows, columns, latent) float32, gain removed -> (height, width, 3) uint8."""
@@ -191,6 +210,25 @@ class Networks:
                 pixels[w.top * STRIDE : w.bottom * STRIDE, w.left * STRIDE : w.right * STRIDE],
             )
         return pixels
+
+    def synthesise_reduced(self, y_hat: Tensor, shrink: int) -> Tensor:
+        """y_hat (rows, columns, channels) -> (16 rows / shrink, 16 columns / shrink, 3) uint8.
+
+        The averages of shrink x shrink pixels of the linear path, from its averaged basis: what the
+        networks add to it averages out.
+        """
+        _, columns, channels = y_hat.shape
+        side = STRIDE // shrink
+        basis = self.model.g_s.linear[:, :channels].t()[:, :, None, None]
+        basis = depth_to_space(depth_to_space(basis, 4), 4)  # (channels, 3, 16, 16)
+        basis = F.avg_pool2d(basis, shrink).permute(2, 3, 1, 0).reshape(-1, channels)
+        offset = torch.full((len(basis),), 128.5, device=y_hat.device)  # rounds, once truncated
+        strips = []
+        for strip in torch.split(y_hat, _STRIP):
+            levels = F.linear(strip.reshape(-1, channels), basis, offset).clamp_(0, 255)
+            places = levels.to(torch.uint8).view(len(strip), columns, side, side, 3)
+            strips.append(places.transpose(1, 2).reshape(len(strip) * side, columns * side, 3))
+        return torch.cat(strips)
 
     def _finish(self, y_hat: Tensor, correction: Tensor, target: Tensor) -> None:
         """Linear path plus correction, (4h, 4w, 48), into target, uint8 up to (16h, 16w, 3).

@@ -6,7 +6,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -20,6 +20,7 @@ from vaestream import images
 from vaestream.archive.reader import Archive
 from vaestream.archive.schema import RowInfo
 from vaestream.archive.storage import join, put_bytes, read_bytes, remove_folder
+from vaestream.codec.view import Region
 from vaestream.errors import ArchiveError, VaestreamError
 from vaestream.pipeline.plan import safe_key
 from vaestream.pipeline.stores import store_of
@@ -66,6 +67,8 @@ def extract(
     keys: Sequence[str] = (),
     *,
     format: Format | None = None,
+    region: Region | None = None,
+    max_size: int | None = None,
     workers: int | None = None,
     address: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
@@ -82,13 +85,18 @@ def extract(
     too. Each file is written whole or not at all, and none outside `destination`: names that point
     elsewhere are written as `plan.safe_key` has it.
 
+    region (left, top, width, height in pixels) and max_size (pixels on the longer side) give part
+    of each compressed photo, or a smaller one, as `Archive.read` does.
+
     More than 256 rows are divided among the workers of a Ray job, as many as `cluster.plan_pools`
     says; fewer, or with workers=0 all, are written by this process. Run again after an interruption
-    with the same archive, keys and format, it goes on where it was.
+    with the same archive, keys and settings, it goes on where it was.
 
     Errors: ArchiveError for a key that is not there, and for a destination that cannot be written
     or is full; what is wrong with single rows is in the result.
     """
+    if max_size is not None and max_size < 1:
+        raise VaestreamError(f"the size must be at least 1 pixel, not {max_size}")
     fs, root = store_of(destination, storage_options)
     if isinstance(fs, LocalFileSystem):
         try:
@@ -97,7 +105,7 @@ def extract(
             raise ArchiveError(f"{root}: cannot be written: {error}") from error
     chosen = _chosen(archive, keys)
     chunks = [chosen[start : start + _CHUNK] for start in range(0, len(chosen), _CHUNK)]
-    writer = ChunkWriter(archive, fs, root, format, _CHUNK)
+    writer = ChunkWriter(archive, fs, root, _Wanted(format, region, max_size), _CHUNK)
     result = Extracted()
     for part in _in_turn(writer, chunks, workers, address):
         result.add(part)
@@ -125,28 +133,38 @@ def _in_turn(
             yield Extracted(**told)
 
 
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What files of compressed photos hold."""
+
+    format: Format | None
+    region: Region | None
+    max_size: int | None
+
+
 class ChunkWriter:
     """Writes the files of some rows; picklable. A chunk of `size` rows leaves a note when it is
     written."""
 
     def __init__(
-        self, archive: Archive, fs: AbstractFileSystem, root: str, format: Format | None, size: int
+        self, archive: Archive, fs: AbstractFileSystem, root: str, wanted: _Wanted, size: int
     ) -> None:
         self.archive, self._size = archive, size
-        self._fs, self._root, self._format = fs, root, format
-        self._names = _Names(archive, format)
+        self._fs, self._root, self._wanted = fs, root, wanted
+        self._names = _Names(archive, wanted.format)
 
     def write(self, keys: Sequence[str]) -> Extracted:
         """Write the files of these rows, unless their note says that they are written."""
         index = self.archive.manifest.index_sha256
-        chunk = json.dumps([index, self._format, list(keys)]).encode()
+        chunk = json.dumps([index, asdict(self._wanted), list(keys)]).encode()
         note = join(self._root, f"{_NOTES}/{hashlib.sha256(chunk).hexdigest()[:32]}")
         with suppress(FileNotFoundError, ValueError):
             failures = json.loads(read_bytes(self._fs, note))
             return Extracted(earlier=len(keys) - len(failures), failures=failures)
         result = Extracted()
         for batch in _batches(self.archive, keys):
-            _extract_batch(self.archive, batch, self._names, self._fs, self._root, result)
+            contents = _contents(self.archive, batch, self._names, self._wanted, result)
+            _write(contents, self._names, self._fs, self._root, result)
         if len(keys) == self._size:
             put_bytes(self._fs, note, json.dumps(result.failures).encode())
         return result
@@ -240,15 +258,14 @@ def _batches(archive: Archive, keys: Sequence[str]) -> Iterator[list[RowInfo]]:
         yield batch
 
 
-def _extract_batch(
-    archive: Archive,
-    batch: Sequence[RowInfo],
+def _write(
+    contents: Iterable[tuple[RowInfo, bytes]],
     names: _Names,
     fs: Any,
     root: str,
     result: Extracted,
 ) -> None:
-    for row, data in _contents(archive, batch, names, result):
+    for row, data in contents:
         if row.error is not None and row.num_bytes < row.source_size:
             result.failures[row.key] = row.error
             continue
@@ -272,21 +289,27 @@ def _extract_batch(
 
 
 def _contents(
-    archive: Archive, batch: Sequence[RowInfo], names: _Names, result: Extracted
+    archive: Archive,
+    batch: Sequence[RowInfo],
+    names: _Names,
+    wanted: _Wanted,
+    result: Extracted,
 ) -> Iterator[tuple[RowInfo, bytes]]:
     """Rows with the bytes of their files; damaged ones go to the failures."""
     coded = [row for row in batch if row.codec == "vae"]
     plain = [row for row in batch if row.codec != "vae"]
     try:
         blobs = archive.blobs([row.key for row in plain])
-        pixels = archive.read([row.key for row in coded])
+        pixels = archive.read(
+            [row.key for row in coded], region=wanted.region, max_size=wanted.max_size
+        )
         extras = archive.payloads([row.key for row in coded])
-    except VaestreamError as error:
+    except (VaestreamError, ValueError) as error:
         if len(batch) == 1:
             result.failures[batch[0].key] = str(error)
             return
         for row in batch:
-            yield from _contents(archive, [row], names, result)
+            yield from _contents(archive, [row], names, wanted, result)
         return
     yield from zip(plain, blobs, strict=True)
     for row, array, extra in zip(coded, pixels, extras, strict=True):

@@ -1,0 +1,107 @@
+"""Which part of a picture is wanted, how large, and what has to be decoded for it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from .bitstream import Rectangle
+from .config import CodingPass
+from .transforms import STRIDE
+
+Region = tuple[int, int, int, int]
+"""Left, top, width and height in pixels of a picture that stands upright."""
+
+_SHRINKS = (8, 4, 2)
+_MARGIN = 1.5
+_ENOUGH = 4
+
+
+@dataclass(frozen=True)
+class View:
+    """A region of a picture, at a size.
+
+    region: what is seen. size: width and height in pixels of what is shown. shrink: the synthesis
+    gives 1, 1/2, 1/4 or 1/8 of the region's size; Lanczos resampling does the rest.
+    """
+
+    region: Region
+    size: tuple[int, int]
+    shrink: int
+
+    @classmethod
+    def of(
+        cls,
+        width: int,
+        height: int,
+        *,
+        region: Region | None = None,
+        max_size: int | None = None,
+        reduced: bool = True,
+    ) -> "View":
+        """Of a picture of width x height: a region or all of it, its longer side at most max_size.
+
+        reduced: whether a synthesis does part of the shrinking; False where the pixels are there.
+
+        A picture is never enlarged. The synthesis shrinks by averaging, which blurs more than a
+        good filter; so it leaves Lanczos at least a factor of 1.5 to do. Raises ValueError for a
+        region that does not lie inside the picture, or a size below 1.
+        """
+        x, y, w, h = region or (0, 0, width, height)
+        if min(x, y) < 0 or min(w, h) < 1 or x + w > width or y + h > height:
+            raise ValueError(
+                f"region {(x, y, w, h)} (left, top, width, height) does not lie inside a picture "
+                f"of {width}x{height}"
+            )
+        if max_size is not None and max_size < 1:
+            raise ValueError(f"a picture cannot have a size of {max_size}")
+        if max_size is None or max(w, h) <= max_size:
+            return cls((x, y, w, h), (w, h), 1)
+        scale = max(w, h) / max_size
+        shrink = next((s for s in _SHRINKS if reduced and s * _MARGIN <= scale), 1)
+        return cls((x, y, w, h), (max(1, round(w / scale)), max(1, round(h / scale))), shrink)
+
+    def latents(self, rows: int, columns: int, *, halo: int) -> Rectangle:
+        """The latents, of a grid of rows x columns, that the region follows from.
+
+        halo: how far beyond its own position a latent reaches in the networks; averages come from
+        the linear path alone, in which none does.
+        """
+        x, y, w, h = self.region
+        halo = halo if self.shrink == 1 else 0
+        return (
+            max(0, y // STRIDE - halo),
+            max(0, x // STRIDE - halo),
+            min(rows, -(-(y + h) // STRIDE) + halo),
+            min(columns, -(-(x + w) // STRIDE) + halo),
+        )
+
+    def passes(self, passes: tuple[CodingPass, ...]) -> int:
+        """How many coding passes to decode: detail that an average loses need not be known.
+
+        Channels come in the order of their energy; four times as many as a latent has values in the
+        reduced picture are enough.
+        """
+        if self.shrink == 1:
+            return len(passes)
+        enough = _ENOUGH * 3 * (STRIDE // self.shrink) ** 2
+        return sum(p.start < enough for p in passes)
+
+    def show(self, pixels: NDArray[np.uint8], top: int = 0, left: int = 0) -> NDArray[np.uint8]:
+        """The view, from (reduced) pixels whose first one lies at (top, left) of the picture."""
+        x, y, w, h = self.region
+        if self.shrink == 1:
+            pixels = pixels[y - top : y - top + h, x - left : x - left + w]
+            if self.size == (w, h):
+                return np.ascontiguousarray(pixels)
+            top, left = y, x
+        # Clipped: the last reduced pixel of a picture may reach beyond its edge.
+        box = (
+            (x - left) / self.shrink,
+            (y - top) / self.shrink,
+            min(pixels.shape[1], (x - left + w) / self.shrink),
+            min(pixels.shape[0], (y - top + h) / self.shrink),
+        )
+        image = Image.fromarray(pixels).resize(self.size, Image.Resampling.LANCZOS, box)
+        return np.asarray(image)

@@ -428,3 +428,19 @@ def _to_array(image: Image.Image) -> Pixels:
         bottom = min(height, top + rows)
         pixels[top:bottom] = np.asarray(image.crop((0, top, width, bottom)))
     return pixels
+
+
+def to_8bit(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Any Pillow image as (H, W, 3) RGB or (H, W) gray uint8.
+
+    Transparency is laid over white, 16 bits lose the lower 8, other colour spaces become RGB as
+    Pillow converts them.
+    """
+    if image.mode.startswith("I"):
+        return np.asarray(np.clip(np.asarray(image), 0, 65535) >> 8, np.uint8)
+    if "A" in image.getbands() or "transparency" in image.info:
+        over = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+    if image.mode not in ("L", "RGB"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    return np.asarray(image, np.uint8)

@@ -9,7 +9,9 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import fsspec
@@ -165,6 +167,24 @@ class Archive:
         """The rows, ascending by key, read row group by row group. Raises as `row` does."""
         return (self._info(at) for at in range(len(self)))
 
+    def select(self, rows: pa.Array) -> "Archive":
+        """The archive with some of its rows, as if it had no others; small where it is pickled.
+
+        rows: ascending positions in `index`, or a boolean for each.
+        """
+        index = self.index.filter(rows) if pa.types.is_boolean(rows.type) else self.index.take(rows)
+        names = set(index["part"].unique().to_pylist())
+        parts = tuple(part for part in self.manifest.parts if part.name in names)
+        chosen = copy(self)
+        chosen.__setstate__(
+            {
+                **self.__getstate__(),
+                "manifest": replace(self.manifest, parts=parts),
+                "index": index.combine_chunks(),
+            }
+        )
+        return chosen
+
     # --- bytes -------------------------------------------------------------------------------
 
     def blob(self, key: str) -> bytes:
@@ -254,7 +274,7 @@ class Archive:
                 model_id = self.manifest.model_id
                 if model_id is None:
                     raise ArchiveError(f"{self.url}: holds no model")
-                self._codec = load_codec(self._fs, self._root, model_id, device=self.device)
+                self._codec = _shared_codec(self._fs, self._root, model_id, self.device)
             return self._codec
 
     # --- inside ------------------------------------------------------------------------------
@@ -505,7 +525,7 @@ class Archive:
         photo = images.load(data, name=self._entry("key", at))
         if isinstance(photo, images.Photo):
             return photo.pixels
-        return _as_8bit(ImageOps.exif_transpose(self._open_source(at, data)))
+        return images.to_8bit(ImageOps.exif_transpose(self._open_source(at, data)))
 
 
 def open_archive(
@@ -521,6 +541,12 @@ def open_archive(
     or one that a later version wrote, DamagedArchiveError when its manifest is damaged.
     """
     return Archive(url, device=device, storage_options=storage_options)
+
+
+@lru_cache(maxsize=4)
+def _shared_codec(fs: fsspec.AbstractFileSystem, root: str, model_id: str, device: str) -> "Codec":
+    """One for all that open an archive in this process, as pickled ones do again and again."""
+    return load_codec(fs, root, model_id, device=device)
 
 
 def load_codec(
@@ -561,15 +587,3 @@ def _seen(
 
     height, width = pixels.shape[:2]
     return View.of(width, height, region=region, max_size=max_size, reduced=False).show(pixels)
-
-
-def _as_8bit(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """Any Pillow image as (H, W, 3) RGB or (H, W) gray uint8."""
-    if image.mode.startswith("I"):
-        return np.asarray(np.clip(np.asarray(image), 0, 65535) >> 8, np.uint8)
-    if "A" in image.getbands() or "transparency" in image.info:
-        over = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
-    if image.mode not in ("L", "RGB"):
-        image = image.convert("L" if image.mode == "1" else "RGB")
-    return np.asarray(image, np.uint8)

@@ -49,7 +49,7 @@ def make_zip(path: Path, method: int) -> Path:
 def read(*sources: Path, **options: Any) -> dict[str, Fetched]:
     """What a job would read, by key."""
     objects = list(listing := list_sources([str(source) for source in sources], **options))
-    limits = {"max_object_bytes": 1 << 30}
+    limits: dict[str, Any] = {"max_object_bytes": 1 << 30}
     found = {
         got.item.key: got
         for got in fetch_all(objects, listing.stores, members=MemberReader(), **limits)

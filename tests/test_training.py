@@ -18,7 +18,7 @@ SETTINGS = TrainingSettings(batch=2, crop=64, validation_photos=1)
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.photos import pixels
+    from photos import pixels
 
     folder = tmp_path_factory.mktemp("photos")
     for seed in range(6):

@@ -145,12 +145,13 @@ def test_a_note_counts_while_its_driver_lives(tmp_path: Path) -> None:
         note = json.loads((notes / "two").read_text())
         with subprocess.Popen(["true"]) as gone:
             pass
-        for changed, count in [
+        changes: list[tuple[dict[str, Any], int]] = [
             ({"host": "elsewhere"}, 1),
             ({"host": "elsewhere", "time": time.time() - 2 * FRESH_SECONDS}, 0),
             ({"pid": gone.pid}, 0),
             ({"pid": "none"}, 0),
-        ]:
+        ]
+        for changed, count in changes:
             (notes / "two").write_text(json.dumps({**note, **changed}))
             assert len(one.others()) == count, changed
         (notes / "two").write_text("[]")

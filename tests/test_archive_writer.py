@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from archive_samples import byte_rows, commit, photo_rows, row
 
+from vaestream.archive import retries
 from vaestream.archive.index import build_index, load_index
 from vaestream.archive.manifest import PartInfo, PartStats, read_manifest, write_manifest
 from vaestream.archive.schema import Row
@@ -203,6 +204,7 @@ def test_a_killed_writer_leaves_no_part_and_the_commit_clears_up(tmp_path: Path)
 
 def test_an_upload_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fs = fsspec.filesystem("memory")
+    monkeypatch.setattr(retries, "_FIRST_PAUSE", 0.0)
     monkeypatch.setattr(
         type(fs), "put_file", lambda *_: (_ for _ in ()).throw(RuntimeError("connection lost"))
     )

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from conftest import hooked_processes
 from photos import files, fill, png
+from without_ray import without_ray
 
 import vaestream
 from vaestream.archive.verify import verify
@@ -82,15 +83,14 @@ def nodes(head: Nodes) -> Iterator[Nodes]:
 
 
 @pytest.fixture
-def in_peace(local_ray: Path, weights: Path) -> Iterator[Callable[[Path, Path], None]]:
-    """Does the same job on the tests' own Ray, where no worker has to wait."""
-    (local_ray / "go").touch()
+def in_peace(weights: Path) -> Callable[[Path, Path], None]:
+    """Does the same job in this process, where it has not to wait."""
 
+    @without_ray()
     def compress(source: Path, archive: Path) -> None:
         vaestream.compress(source, archive, weights=weights, min_psnr=0.0, shard_images=1)
 
-    yield compress
-    (local_ray / "go").unlink()
+    return compress
 
 
 @pytest.fixture

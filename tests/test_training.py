@@ -9,6 +9,7 @@ from PIL import Image
 from vaestream.codec import Codec
 from vaestream.codec.config import ModelConfig
 from vaestream.errors import SourceError, WeightsError
+from vaestream.training import calibration
 from vaestream.training.evaluate import evaluate
 from vaestream.training.trainer import TrainingSettings, train
 
@@ -25,6 +26,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(pixels(seed, 96, 128)).save(folder / f"{seed}.png")
     (folder / "notes.txt").write_text("not a photo")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def few_crops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the tables: most of a short run's time goes into coding these."""
+    monkeypatch.setattr(calibration, "_CROPS", 8)
 
 
 class _Killed(Exception):

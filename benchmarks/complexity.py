@@ -4,6 +4,7 @@ python benchmarks/complexity.py [--weights W]
 """
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def main() -> None:
     with torch.inference_mode():
         y = networks.analyse(pixels, quality)
         z_hat = networks.hyper_analyse(y)
-        parts = {
+        parts: dict[str, Callable[[], object]] = {
             "g_a": lambda: networks.analyse(pixels, quality),
             "h_a": lambda: networks.hyper_analyse(y),
             "h_s and contexts": lambda: prior(networks, z_hat, quality),

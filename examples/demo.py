@@ -85,16 +85,16 @@ def comparison(archive: Archive, keys: list[str]) -> Image.Image:
             told = f"{took / 1000:.1f} kB{over}, {psnr(original, image):.2f} dB"
             cells.append((image, name, told))
         box = busiest(original)
-        rows.append([(image.crop(box), *labels) for image, *labels in cells])
+        rows.append([(image.crop(box), name, told) for image, name, told in cells])
     font = ImageFont.load_default(size=15)
     width = MARGIN + 4 * (CROP + MARGIN)
     height = MARGIN + len(rows) * (CROP + 44 + MARGIN)
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, cells in enumerate(rows):
-        for j, (image, *labels) in enumerate(cells):
+    for i, row in enumerate(rows):
+        for j, (image, name, told) in enumerate(row):
             x, y = MARGIN + j * (CROP + MARGIN), MARGIN + i * (CROP + 44 + MARGIN)
-            for line, text in enumerate(labels):
+            for line, text in enumerate((name, told)):
                 draw.text((x, y + 20 * line), text, "black", font)
             sheet.paste(image, (x, y + 44))
     return sheet

@@ -19,8 +19,9 @@ if __name__ == "__main__":
     (archive,) = sys.argv[1:]
     # A view over the parts: only the columns that a question names are read, never the photos.
     parts = archive.rstrip("/").replace("'", "''") + "/part-*.parquet"
-    duckdb.sql(f"CREATE VIEW photos AS SELECT * FROM read_parquet('{parts}')")
+    database = duckdb.connect()
+    database.execute(f"CREATE VIEW photos AS SELECT * FROM read_parquet('{parts}')")
     for question, sql in QUESTIONS.items():
         print(question)
-        for row in duckdb.sql(sql).fetchall():
+        for row in database.execute(sql).fetchall():
             print(" ", *row)

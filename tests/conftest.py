@@ -1,5 +1,6 @@
 """What tests share: the folder of sample photos, one Ray, small photos."""
 
+import logging
 import os
 import shutil
 import tempfile
@@ -65,7 +66,7 @@ def local_ray() -> Iterator[Path]:
                 include_dashboard=False,
                 object_store_memory=100 << 20,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 _temp_dir=str(folder / "ray"),
             )
             yield folder

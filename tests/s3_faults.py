@@ -62,7 +62,9 @@ class FaultyProxy:
                 self.met[found] += 1
             return found
 
-    def forward(self, handler: BaseHTTPRequestHandler, body: bytes) -> tuple[int, list, bytes]:
+    def forward(
+        self, handler: BaseHTTPRequestHandler, body: bytes
+    ) -> tuple[int, list[tuple[str, str]], bytes]:
         """Status, headers and body of the server's answer."""
         connection = http.client.HTTPConnection(self._target, timeout=60)
         try:

@@ -6,6 +6,7 @@ import os
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -23,15 +24,17 @@ from vaestream.errors import ArchiveError, DamagedArchiveError
 
 __all__ = ["stand_in"]
 
+Reads = list[tuple[str, int]]  # path and length of each
+
 
 class CountingFile:
     """A file that tells its file system of each read."""
 
-    def __init__(self, file: Any, reads: list[tuple[str, int]], path: str) -> None:
+    def __init__(self, file: Any, reads: Reads, path: str) -> None:
         self.file, self.reads, self.path = file, reads, path
 
     def read(self, size: int = -1) -> bytes:
-        data = self.file.read(size)
+        data: bytes = self.file.read(size)
         self.reads.append((self.path, len(data)))
         return data
 
@@ -45,15 +48,15 @@ class CountingFile:
         self.file.close()
 
 
-class CountingFileSystem(LocalFileSystem):
+class CountingFileSystem(LocalFileSystem):  # type: ignore[misc]
     """Local files, each read counted, whichever of fsspec's ways it takes."""
 
     protocol = "counting"
-    reads: list[tuple[str, int]] = []  # noqa: RUF012
+    reads: Reads = []  # noqa: RUF012
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
-        return super()._strip_protocol(path.removeprefix("counting://"))
+        return str(super()._strip_protocol(path.removeprefix("counting://")))
 
     def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
         file = super()._open(path, mode, **kwargs)
@@ -61,13 +64,13 @@ class CountingFileSystem(LocalFileSystem):
 
 
 @pytest.fixture
-def reads():
+def reads() -> Reads:
     fsspec.register_implementation("counting", CountingFileSystem, clobber=True)
     CountingFileSystem.reads.clear()
     return CountingFileSystem.reads
 
 
-def test_one_photo_of_a_thousand_is_one_ranged_read(tmp_path, reads):
+def test_one_photo_of_a_thousand_is_one_ranged_read(tmp_path: Path, reads: Reads) -> None:
     rows = list(byte_rows(1000, size=6000))
     commit(str(tmp_path), {"a": rows}, row_group_bytes=1 << 20)
     archive = open_archive(f"counting://{tmp_path}")
@@ -79,7 +82,9 @@ def test_one_photo_of_a_thousand_is_one_ranged_read(tmp_path, reads):
         assert [length for _, length in reads] == [len(wanted.data)]
 
 
-def test_a_photo_costs_its_bytes_and_its_metadata(tmp_path, reads, stand_in):
+def test_a_photo_costs_its_bytes_and_its_metadata(
+    tmp_path: Path, reads: Reads, stand_in: None
+) -> None:
     rows = list(photo_rows(200))
     commit(str(tmp_path), {"a": rows})
     archive = open_archive(f"counting://{tmp_path}")
@@ -92,7 +97,7 @@ def test_a_photo_costs_its_bytes_and_its_metadata(tmp_path, reads, stand_in):
         assert len(reads) == len(values)
 
 
-def test_neighbours_share_a_read(tmp_path, reads):
+def test_neighbours_share_a_read(tmp_path: Path, reads: Reads) -> None:
     rows = list(byte_rows(300))
     commit(str(tmp_path), {"a": rows})
     archive = open_archive(f"counting://{tmp_path}")
@@ -101,7 +106,7 @@ def test_neighbours_share_a_read(tmp_path, reads):
     assert len(reads) == 1
 
 
-def test_keys_are_a_set_in_order(tmp_path):
+def test_keys_are_a_set_in_order(tmp_path: Path) -> None:
     first, second = list(byte_rows(20, prefix="b")), list(byte_rows(20, prefix="a"))
     commit(str(tmp_path), {"a": first, "b": [*second, row("é", b"1"), row("日本", b"2")]})
     archive = open_archive(str(tmp_path))
@@ -113,7 +118,7 @@ def test_keys_are_a_set_in_order(tmp_path):
         archive.blob("nowhere")
 
 
-def test_blobs_come_in_the_order_asked_for(tmp_path):
+def test_blobs_come_in_the_order_asked_for(tmp_path: Path) -> None:
     rows = list(byte_rows(50))
     commit(str(tmp_path), {"a": rows[::2], "b": rows[1::2]}, row_group_bytes=20_000)
     archive = open_archive(str(tmp_path))
@@ -122,7 +127,7 @@ def test_blobs_come_in_the_order_asked_for(tmp_path):
     assert archive.blobs([]) == []
 
 
-def test_memory_store(stand_in, tmp_path):
+def test_memory_store(stand_in: None, tmp_path: Path) -> None:
     url = f"memory://{tmp_path.name}/archive"
     rows = list(photo_rows(10))
     commit(url, {"a": rows})
@@ -132,7 +137,7 @@ def test_memory_store(stand_in, tmp_path):
     assert verify(url) == []
 
 
-def test_photos_come_back_with_their_metadata(tmp_path, stand_in):
+def test_photos_come_back_with_their_metadata(tmp_path: Path, stand_in: None) -> None:
     rows = list(photo_rows(12))
     commit(str(tmp_path), {"a": rows})
     archive = open_archive(str(tmp_path))
@@ -146,7 +151,7 @@ def test_photos_come_back_with_their_metadata(tmp_path, stand_in):
     assert [(e.exif, e.xmp, e.icc) for e in extras] == [(r.exif, r.xmp, r.icc) for r in rows]
 
 
-def test_read_gives_arrays_of_bitstreams_and_sources_alike(tmp_path, stand_in):
+def test_read_gives_arrays_of_bitstreams_and_sources_alike(tmp_path: Path, stand_in: None) -> None:
     color, gray, seen = pixels(1), pixels(2, (5, 6)), pixels(3, (4, 4, 4))
     deep = Image.fromarray(np.full((3, 3), 40_000, np.uint16))
     deep_file = io.BytesIO()
@@ -179,7 +184,7 @@ def test_read_gives_arrays_of_bitstreams_and_sources_alike(tmp_path, stand_in):
     assert np.array_equal(got[5], np.rot90(color, -1))
 
 
-def test_rows_that_are_no_photo_say_why(tmp_path, stand_in):
+def test_rows_that_are_no_photo_say_why(tmp_path: Path, stand_in: None) -> None:
     commit(
         str(tmp_path),
         {
@@ -198,7 +203,7 @@ def test_rows_that_are_no_photo_say_why(tmp_path, stand_in):
     assert archive.blob("notes.txt") == b"hello"
 
 
-def test_row_and_rows_tell_all_but_the_bytes(tmp_path):
+def test_row_and_rows_tell_all_but_the_bytes(tmp_path: Path) -> None:
     first, second = list(photo_rows(30)), list(byte_rows(9, prefix="1"))
     commit(str(tmp_path), {"a": first, "b": second}, row_group_bytes=4000)
     archive = open_archive(str(tmp_path))
@@ -213,7 +218,7 @@ def test_row_and_rows_tell_all_but_the_bytes(tmp_path):
         assert info.exif_num_bytes == (None if kept.exif is None else len(kept.exif))
 
 
-def test_threads_pickles_and_forks(tmp_path):
+def test_threads_pickles_and_forks(tmp_path: Path) -> None:
     rows = list(byte_rows(100))
     commit(str(tmp_path), {"a": rows}, row_group_bytes=50_000)
     archive = open_archive(str(tmp_path))
@@ -228,7 +233,9 @@ def test_threads_pickles_and_forks(tmp_path):
 
 
 @pytest.mark.parametrize("compression", ["snappy", "none"])
-def test_a_part_that_another_tool_has_rewritten_still_reads(tmp_path, stand_in, compression):
+def test_a_part_that_another_tool_has_rewritten_still_reads(
+    tmp_path: Path, stand_in: None, compression: str
+) -> None:
     rows = list(photo_rows(40))
     commit(str(tmp_path), {"a": rows, "b": list(byte_rows(5))})
     path = tmp_path / "part-a.parquet"
@@ -243,7 +250,7 @@ def test_a_part_that_another_tool_has_rewritten_still_reads(tmp_path, stand_in, 
     assert "another tool" in problems[0].detail
 
 
-def test_a_rewritten_part_with_other_photos_is_refused(tmp_path):
+def test_a_rewritten_part_with_other_photos_is_refused(tmp_path: Path) -> None:
     commit(str(tmp_path), {"a": list(byte_rows(5))})
     path = tmp_path / "part-a.parquet"
     table = pq.read_table(path)
@@ -255,7 +262,7 @@ def test_a_rewritten_part_with_other_photos_is_refused(tmp_path):
     assert archive.blob("k/00002")
 
 
-def test_a_lost_index_is_made_from_the_parts(tmp_path):
+def test_a_lost_index_is_made_from_the_parts(tmp_path: Path) -> None:
     rows = list(byte_rows(20))
     commit(str(tmp_path), {"a": rows[:9], "b": rows[9:]})
     (tmp_path / "index.parquet").unlink()
@@ -263,7 +270,7 @@ def test_a_lost_index_is_made_from_the_parts(tmp_path):
     assert archive.blobs([row.key for row in rows]) == [row.data for row in rows]
 
 
-def test_what_is_not_there_is_named(tmp_path, stand_in):
+def test_what_is_not_there_is_named(tmp_path: Path, stand_in: None) -> None:
     with pytest.raises(ArchiveError, match="no archive there"):
         open_archive(str(tmp_path))
     with pytest.raises(ArchiveError, match="no archive there"):
@@ -283,7 +290,7 @@ def test_what_is_not_there_is_named(tmp_path, stand_in):
         archive.blob(key)
 
 
-def test_no_message_shows_a_storage_option(tmp_path):
+def test_no_message_shows_a_storage_option(tmp_path: Path) -> None:
     with pytest.raises(ArchiveError) as caught:
         open_archive("nosuchstore://bucket/archive", storage_options={"secret": "hunter2"})
     assert "hunter2" not in str(caught.value) + repr(caught.value.__cause__)
@@ -292,13 +299,15 @@ def test_no_message_shows_a_storage_option(tmp_path):
     assert "auto_mkdir" not in repr(archive)
 
 
-def test_only_pythons_own_threads_read(tmp_path, stand_in, monkeypatch):
+def test_only_pythons_own_threads_read(
+    tmp_path: Path, stand_in: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One of pyarrow's that holds a Python file when the interpreter ends aborts the process."""
     commit(str(tmp_path), {"a": list(photo_rows(40))}, row_group_bytes=12_000)
-    threads = []
+    threads: list[str] = []
     read = RangeFile.readinto
 
-    def readinto(file, buffer):
+    def readinto(file: RangeFile, buffer: Any) -> int:
         threads.append(threading.current_thread().name)
         return read(file, buffer)
 
@@ -309,7 +318,7 @@ def test_only_pythons_own_threads_read(tmp_path, stand_in, monkeypatch):
     assert threads and not [name for name in threads if name.startswith("Dummy")]
 
 
-def test_what_is_no_store_is_told_and_options_are_not():
+def test_what_is_no_store_is_told_and_options_are_not() -> None:
     with pytest.raises(ArchiveError, match="Protocol not known: foo"):
         open_archive("foo://a")
     with pytest.raises(ArchiveError) as caught:

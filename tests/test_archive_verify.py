@@ -1,5 +1,8 @@
 """Verify: whatever byte is hit, it says where; the photos beside it still read."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 from archive_samples import byte_rows, commit, photo_rows, row, stand_in
 
@@ -12,30 +15,32 @@ from vaestream.errors import ArchiveError, DamagedArchiveError
 
 __all__ = ["stand_in"]
 
+Region = tuple[int, int, str, str | None]
+
 
 @pytest.fixture
-def archive(tmp_path, stand_in):
+def archive(tmp_path: Path, stand_in: None) -> Path:
     rows = [*photo_rows(40), *byte_rows(20, size=600)]
     commit(str(tmp_path), {"a": rows}, row_group_bytes=12_000)
     return tmp_path
 
 
-def whats(root):
+def whats(root: Path) -> list[tuple[str, str, str | None]]:
     return [(problem.part, problem.what, problem.row_key) for problem in verify(str(root))]
 
 
-def test_a_whole_archive_has_no_problem(archive):
+def test_a_whole_archive_has_no_problem(archive: Path) -> None:
     assert verify(str(archive)) == []
     assert verify(open_archive(str(archive))) == []
 
 
-def regions(root):
-    """What verify must name for each byte of part-a: [(start, end, what, key or column)]."""
+def regions(root: Path) -> tuple[int, list[Region]]:
+    """The size of part-a, and what verify must name for its bytes: (start, end, what, which)."""
     fs, folder = open_store(str(root), None)
     path = f"{folder}/part-a.parquet"
     size = (root / "part-a.parquet").stat().st_size
     footer = read_footer(fs, path, size, "part-a.parquet")
-    found = [(0, 4, "footer", None), (footer.offset, size, "footer", None)]
+    found: list[Region] = [(0, 4, "footer", None), (footer.offset, size, "footer", None)]
     for group in range(footer.metadata.num_row_groups):
         for name, column in column_indices(footer.metadata).items():
             chunk = footer.metadata.row_group(group).column(column)
@@ -50,7 +55,7 @@ def regions(root):
     return size, found
 
 
-def test_each_flipped_bit_is_named_and_the_other_photos_read(archive):
+def test_each_flipped_bit_is_named_and_the_other_photos_read(archive: Path) -> None:
     size, found = regions(archive)
     path = archive / "part-a.parquet"
     whole = path.read_bytes()
@@ -80,7 +85,7 @@ def test_each_flipped_bit_is_named_and_the_other_photos_read(archive):
     assert seen == {"photo", "column", "footer"}
 
 
-def test_each_bit_of_a_page_header_is_noticed(archive):
+def test_each_bit_of_a_page_header_is_noticed(archive: Path) -> None:
     _, found = regions(archive)
     path = archive / "part-a.parquet"
     whole = path.read_bytes()
@@ -94,7 +99,7 @@ def test_each_bit_of_a_page_header_is_noticed(archive):
             assert problem.what == "column" and problem.detail.startswith(f"{name}: ")
 
 
-def test_damage_is_never_read_as_metadata(archive):
+def test_damage_is_never_read_as_metadata(archive: Path) -> None:
     path = archive / "part-a.parquet"
     whole = path.read_bytes()
     fs, folder = open_store(str(archive), None)
@@ -109,7 +114,7 @@ def test_damage_is_never_read_as_metadata(archive):
     assert reader.blob(entry["key"])
 
 
-def test_truncated_and_missing_parts(archive):
+def test_truncated_and_missing_parts(archive: Path) -> None:
     path = archive / "part-a.parquet"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
@@ -128,7 +133,7 @@ def test_truncated_and_missing_parts(archive):
     assert whats(archive) == [("part-a.parquet", "missing", None)]
 
 
-def test_a_bad_bitstream_with_a_right_hash_is_named(tmp_path, stand_in):
+def test_a_bad_bitstream_with_a_right_hash_is_named(tmp_path: Path, stand_in: None) -> None:
     commit(str(tmp_path), {"a": [row("bad", b"no bitstream", codec="vae"), row("good", b"1")]})
     assert whats(tmp_path) == [("part-a.parquet", "photo", "bad")]
 
@@ -137,7 +142,7 @@ def test_a_bad_bitstream_with_a_right_hash_is_named(tmp_path, stand_in):
     ("name", "what"),
     [("index.parquet", "index"), ("manifest.json", "manifest"), ("models", "model")],
 )
-def test_index_manifest_and_model(archive, name, what):
+def test_index_manifest_and_model(archive: Path, name: str, what: str) -> None:
     path = archive / name
     if path.is_dir():
         (path,) = path.iterdir()
@@ -156,7 +161,7 @@ def test_index_manifest_and_model(archive, name, what):
         assert whats(archive) == [(name, "missing", None)]
 
 
-def test_photos_are_checked_without_index_and_manifest(archive):
+def test_photos_are_checked_without_index_and_manifest(archive: Path) -> None:
     (archive / "index.parquet").unlink()
     path = archive / "part-a.parquet"
     whole = bytearray(path.read_bytes())
@@ -168,13 +173,13 @@ def test_photos_are_checked_without_index_and_manifest(archive):
     assert whats(archive)[1:] == [("part-a.parquet", "photo", key)]
 
 
-def regions_of_photos(root):
+def regions_of_photos(root: Path) -> Iterator[tuple[int, int, str, str]]:
     reader = open_archive(str(root))
     for entry in reader.index.to_pylist():
         yield entry["offset"], entry["length"], "photo", entry["key"]
 
 
-def test_no_flipped_bit_of_a_footer_is_more_than_damage(archive):
+def test_no_flipped_bit_of_a_footer_is_more_than_damage(archive: Path) -> None:
     """Whatever the Parquet library makes of it, it comes out as damage or as a readable footer."""
     path = next(iter(sorted(archive.glob("part-*.parquet"))))
     data = path.read_bytes()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from archive_samples import byte_rows, commit, photo_rows, row
 
+from vaestream.archive import retries
 from vaestream.archive.index import build_index, load_index
 from vaestream.archive.manifest import PartInfo, PartStats, read_manifest, write_manifest
 from vaestream.archive.schema import Row
@@ -26,9 +28,11 @@ from vaestream.errors import ArchiveError, DamagedArchiveError
 
 LOCAL = fsspec.filesystem("file")
 
+Root = tuple[fsspec.AbstractFileSystem, str]
+
 
 @pytest.fixture(params=["file", "memory"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[fsspec.AbstractFileSystem, str]:
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Root:
     if request.param == "file":
         return LOCAL, str(tmp_path / "new" / "archive")
     return fsspec.filesystem("memory"), f"/{tmp_path.name}/archive"
@@ -42,7 +46,7 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_every_value_lies_where_the_index_says(root):
+def test_every_value_lies_where_the_index_says(root: Root) -> None:
     fs, folder = root
     rows = list(photo_rows(60))
     info = write_part(fs, folder, "a", rows, row_group_bytes=4000)
@@ -62,7 +66,7 @@ def test_every_value_lies_where_the_index_says(root):
             assert (None if start is None else raw[start : start + length]) == value
 
 
-def test_empty_part_and_empty_source(root):
+def test_empty_part_and_empty_source(root: Root) -> None:
     fs, folder = root
     assert write_part(fs, folder, "none", []).num_rows == 0
     info = write_part(fs, folder, "a", [row("x", b"", error="no bytes")])
@@ -70,13 +74,13 @@ def test_empty_part_and_empty_source(root):
     build_index(fs, folder, ["part-none.parquet", info.name])
 
 
-def test_same_rows_same_bytes_in_the_whole_folder(tmp_path):
+def test_same_rows_same_bytes_in_the_whole_folder(tmp_path: Path) -> None:
     for name in ("one", "two"):
         commit(str(tmp_path / name), {"a": list(photo_rows(30)), "b": list(byte_rows(9))})
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
-def test_a_part_is_found_again_from_its_footer(root):
+def test_a_part_is_found_again_from_its_footer(root: Root) -> None:
     fs, folder = root
     info = write_part(fs, folder, "a", photo_rows(20))
     assert find_part(fs, folder, "a") == info
@@ -87,7 +91,7 @@ def test_a_part_is_found_again_from_its_footer(root):
         find_part(fs, folder, "b")
 
 
-def test_stats_count_each_row_once(tmp_path):
+def test_stats_count_each_row_once(tmp_path: Path) -> None:
     rows = [
         *photo_rows(4),
         row("z/alpha.png", b"123", reason="alpha channel"),
@@ -116,24 +120,26 @@ def test_stats_count_each_row_once(tmp_path):
         ([row("a", b"1", source_mtime=datetime(2020, 1, 1))], "no time zone"),
     ],
 )
-def test_rows_that_cannot_be_kept_are_refused_and_nothing_stays(tmp_path, rows, fault):
+def test_rows_that_cannot_be_kept_are_refused_and_nothing_stays(
+    tmp_path: Path, rows: list[Row], fault: str
+) -> None:
     with pytest.raises(ArchiveError, match=fault):
         write_part(LOCAL, str(tmp_path), "a", rows)
     assert files(tmp_path) == {}
 
 
-def test_one_key_in_two_parts_is_refused(tmp_path):
+def test_one_key_in_two_parts_is_refused(tmp_path: Path) -> None:
     for part_id in "ab":
         write_part(LOCAL, str(tmp_path), part_id, [row(part_id, b"2"), row("same", b"1")])
     with pytest.raises(ArchiveError, match=r"'same' is in part-a.parquet and in part-b.parquet"):
         build_index(LOCAL, str(tmp_path), ["part-b.parquet", "part-a.parquet"])
 
 
-def test_rows_that_break_off_leave_the_part_that_stood_there(tmp_path):
+def test_rows_that_break_off_leave_the_part_that_stood_there(tmp_path: Path) -> None:
     info = write_part(LOCAL, str(tmp_path), "a", byte_rows(3))
     before = files(tmp_path)
 
-    def broken():
+    def broken() -> Iterator[Row]:
         yield from byte_rows(5, seed=1)
         raise OSError("the source is gone")
 
@@ -153,7 +159,7 @@ def run(code: str, folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def test_a_full_disk_is_named_and_nothing_stays(tmp_path):
+def test_a_full_disk_is_named_and_nothing_stays(tmp_path: Path) -> None:
     code = f"""
         import resource, fsspec
         from archive_samples import byte_rows
@@ -172,7 +178,7 @@ def test_a_full_disk_is_named_and_nothing_stays(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_killed_writer_leaves_no_part_and_the_commit_clears_up(tmp_path):
+def test_a_killed_writer_leaves_no_part_and_the_commit_clears_up(tmp_path: Path) -> None:
     code = """
         import time, fsspec
         from archive_samples import byte_rows
@@ -184,7 +190,7 @@ def test_a_killed_writer_leaves_no_part_and_the_commit_clears_up(tmp_path):
         write_part(fsspec.filesystem("file"), sys.argv[1], "a", rows(), row_group_bytes=10_000)
     """
     with run(code, tmp_path) as process:
-        assert process.stdout.readline() == "in the middle\n"
+        assert process.stdout and process.stdout.readline() == "in the middle\n"
         process.send_signal(signal.SIGKILL)
     assert len(os.listdir(tmp_path)) == 1
     assert find_part(LOCAL, str(tmp_path), "a") is None
@@ -196,8 +202,9 @@ def test_a_killed_writer_leaves_no_part_and_the_commit_clears_up(tmp_path):
     ]  # fmt: skip
 
 
-def test_an_upload_that_fails_is_named(monkeypatch, tmp_path):
+def test_an_upload_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fs = fsspec.filesystem("memory")
+    monkeypatch.setattr(retries, "_FIRST_PAUSE", 0.0)
     monkeypatch.setattr(
         type(fs), "put_file", lambda *_: (_ for _ in ()).throw(RuntimeError("connection lost"))
     )
@@ -206,7 +213,7 @@ def test_an_upload_that_fails_is_named(monkeypatch, tmp_path):
     assert not fs.exists(f"/{tmp_path.name}/part-a.parquet")
 
 
-def test_the_manifest_comes_back_and_later_versions_are_refused(tmp_path):
+def test_the_manifest_comes_back_and_later_versions_are_refused(tmp_path: Path) -> None:
     root = str(tmp_path)
     info = write_part(LOCAL, root, "a", byte_rows(3))
     sha256 = build_index(LOCAL, root, [info.name])
@@ -229,7 +236,7 @@ def test_the_manifest_comes_back_and_later_versions_are_refused(tmp_path):
         read_manifest(LOCAL, root)
 
 
-def test_a_row_comes_back_with_all_its_values(tmp_path):
+def test_a_row_comes_back_with_all_its_values(tmp_path: Path) -> None:
     rome = timezone(timedelta(hours=2))
     rows = [
         Row(
@@ -262,7 +269,7 @@ def test_a_row_comes_back_with_all_its_values(tmp_path):
         assert found[name] == getattr(rows[0], name)
 
 
-def test_other_tools_read_a_part(tmp_path):
+def test_other_tools_read_a_part(tmp_path: Path) -> None:
     rows = list(photo_rows(20))
     path = tmp_path / write_part(LOCAL, str(tmp_path), "a", rows, row_group_bytes=4000).name
     blobs = [row.data for row in rows]
@@ -271,7 +278,7 @@ def test_other_tools_read_a_part(tmp_path):
     assert [row.icc for row in rows] == frame["icc"].tolist()
 
 
-def test_polars_and_duckdb_read_a_part(tmp_path):
+def test_polars_and_duckdb_read_a_part(tmp_path: Path) -> None:
     polars, duckdb = pytest.importorskip("polars"), pytest.importorskip("duckdb")
     rows = list(photo_rows(20))
     path = tmp_path / write_part(LOCAL, str(tmp_path), "a", rows, row_group_bytes=4000).name
@@ -281,7 +288,7 @@ def test_polars_and_duckdb_read_a_part(tmp_path):
     assert found == [(row.key, row.data, row.exif, row.icc) for row in rows]
 
 
-def test_hugging_face_knows_the_image_column(tmp_path):
+def test_hugging_face_knows_the_image_column(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     rows = list(photo_rows(5))
     path = tmp_path / write_part(LOCAL, str(tmp_path), "a", rows).name

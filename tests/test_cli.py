@@ -18,17 +18,19 @@ from archive_samples import png as plain_png
 from photos import fill, png
 from photos import pixels as noise
 from PIL import Image
+from without_ray import without_ray
 
 from vaestream import cli
 from vaestream.archive.manifest import PartStats
 from vaestream.errors import ArchiveError
 from vaestream.pipeline.job import Progress
+from vaestream.training import calibration
 
 __all__ = ["stand_in"]
 
 
 @pytest.fixture
-def compress(local_ray: Path, weights: Path) -> Callable[..., int]:
+def small(weights: Path) -> Callable[..., int]:
     """`vaestream compress` with the small model."""
 
     def run(*arguments: object) -> int:
@@ -36,6 +38,18 @@ def compress(local_ray: Path, weights: Path) -> Callable[..., int]:
         return cli.main(["compress", *map(str, arguments), *options])
 
     return run
+
+
+@pytest.fixture
+def compress(local_ray: Path, small: Callable[..., int]) -> Callable[..., int]:
+    """`small` on the tests' Ray."""
+    return small
+
+
+@pytest.fixture
+def compress_here(small: Callable[..., int]) -> Callable[..., int]:
+    """`small` in this process."""
+    return without_ray()(small)
 
 
 def python(code: str) -> str:
@@ -109,33 +123,36 @@ def test_a_terminal_shows_life_before_the_first_part_ends(
 
 
 def test_rows_with_errors_have_an_exit_code_of_their_own(
-    compress: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    compress_here: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     source = fill(tmp_path / "photos", ["a.png"])
     broken = png(3)[:1500]
     (source / "broken.png").write_bytes(broken)
     archive = tmp_path / "archive"
     for _ in range(2):  # the second time there is nothing to do, and the errors are still there
-        assert compress(source, archive) == cli.SOME_FAILED
+        assert compress_here(source, archive) == cli.SOME_FAILED
         assert "1 with errors" in capfd.readouterr().out
     assert cli.main(["extract", str(archive), str(tmp_path / "out")]) == cli.OK
     assert (tmp_path / "out" / "broken.png").read_bytes() == broken
 
 
-def test_train_and_evaluate(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_train_and_evaluate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # For the tables: coding 64 takes most of the test's time.
+    monkeypatch.setattr(calibration, "_CROPS", 4)
     photos, out = tmp_path / "photos", tmp_path / "new.safetensors"
     photos.mkdir()
     for seed in range(2):
         Image.fromarray(noise(seed, 256, 256)).save(photos / f"{seed}.png")
     assert cli.main(["train", str(photos), "--out", str(out), "--steps", "1"]) == cli.OK
     assert capfd.readouterr().out.splitlines()[-1] == str(out)
-    arguments = ["--weights", str(out), "--qualities", "20,80", "--json"]
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "curve.png"
+    arguments = ["--weights", str(out), "--qualities", "20,80", "--json", "--plot", str(plot)]
     assert cli.main(["evaluate", str(photos), *arguments]) == cli.OK
     curve = json.loads(capfd.readouterr().out)["curve"]
     assert [point["quality"] for point in curve] == [20, 80]
-    plot = tmp_path / "curve.png"
-    pytest.importorskip("matplotlib")
-    assert cli.main(["evaluate", str(photos), *arguments[:-1], "--plot", str(plot)]) == cli.OK
     with Image.open(plot) as image:
         assert image.format == "PNG"
 

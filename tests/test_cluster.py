@@ -8,12 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import hooked_processes
 from photos import files, fill, png
+from without_ray import without_ray
 
 import vaestream
 from vaestream.archive.verify import verify
@@ -60,7 +62,7 @@ def head(local_ray: Path) -> Iterator[Nodes]:
     with hooked_processes(**fast) as folder, pytest.MonkeyPatch.context() as patch:
         # Else the address stands where address="auto" of other programs finds it.
         patch.setenv("RAY_TMPDIR", str(folder / "ray"))
-        cluster = Cluster(shutdown_at_exit=True)
+        cluster: Any = Cluster(shutdown_at_exit=True)
         try:
             made = Nodes(cluster, folder)
             made.add(num_cpus=0)
@@ -81,15 +83,14 @@ def nodes(head: Nodes) -> Iterator[Nodes]:
 
 
 @pytest.fixture
-def in_peace(local_ray: Path, weights: Path) -> Iterator[Callable[[Path, Path], None]]:
-    """Does the same job on the tests' own Ray, where no worker has to wait."""
-    (local_ray / "go").touch()
+def in_peace(weights: Path) -> Callable[[Path, Path], None]:
+    """Does the same job in this process, where it has not to wait."""
 
+    @without_ray()
     def compress(source: Path, archive: Path) -> None:
         vaestream.compress(source, archive, weights=weights, min_psnr=0.0, shard_images=1)
 
-    yield compress
-    (local_ray / "go").unlink()
+    return compress
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ def finish(process: subprocess.Popen[str]) -> str:
     return told
 
 
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str] | None = None) -> Any:
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[Any] | None = None) -> Any:
     """What the condition gives once it is true; an error when `process` ends before that."""
     end = time.monotonic() + 300  # a busy machine takes long to start a job
     while time.monotonic() < end:
@@ -140,6 +141,10 @@ def waiting(marks: Path) -> list[int]:
 
 def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def ended(pid: int) -> bool:
+    return not Path(f"/proc/{pid}").exists()
 
 
 def photos(folder: Path, count: int, wait: Sequence[int]) -> Path:
@@ -162,7 +167,7 @@ def test_a_node_that_is_lost_in_mid_job_changes_nothing(
     driver = start(source, tmp_path / "disturbed")
     (worker,) = wait_for(lambda: waiting(nodes.marks), driver)
     nodes.cluster.remove_node(nodes.of_worker(worker), allow_graceful=False)
-    wait_for(lambda: not Path(f"/proc/{worker}").exists())
+    wait_for(partial(ended, worker))
     (nodes.marks / "go").touch()
     finish(driver)
     in_peace(source, tmp_path / "peaceful")
@@ -278,7 +283,7 @@ def test_a_stopped_driver_leaves_the_cluster_and_its_parts(
     assert told.splitlines()[-1] == "vaestream: stopped; run the same command again to go on"
     assert "Traceback" not in told
     for pid in stopped:
-        wait_for(lambda pid=pid: not Path(f"/proc/{pid}").exists())
+        wait_for(partial(ended, pid))
     kept = files(archive)
     assert not [name for name in kept if "drivers" in name or "manifest" in name]
     (nodes.marks / "go").touch()

@@ -87,7 +87,7 @@ def test_effort_saves_bits_and_error_together_and_repeats_itself(codec: Codec) -
     def cost(encoded: Encoded) -> float:
         assert encoded.psnr is not None
         bits = len(encoded.data) * 8 / (image.shape[0] * image.shape[1])
-        return bits + weight * 255**2 * 10 ** (-encoded.psnr / 10)
+        return float(bits + weight * 255**2 * 10 ** (-encoded.psnr / 10))
 
     assert cost(refined) < cost(plain)
     assert psnr(codec.decode([refined.data])[0], image) == pytest.approx(refined.psnr, abs=1e-3)

@@ -18,7 +18,7 @@ from vaestream.training.evaluate import OURS, evaluate, ms_ssim, plot
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.photos import pixels
+    from photos import pixels
 
     folder = tmp_path_factory.mktemp("photos")
     Image.fromarray(pixels(0, 96, 128)).save(folder / "small.png")

@@ -10,6 +10,8 @@ from types import ModuleType
 import pytest
 from conftest import REPOSITORY
 from photos import fill, png
+from PIL import Image
+from without_ray import without_ray
 
 import vaestream
 
@@ -29,12 +31,13 @@ def run(name: str, *arguments: object, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def archive(local_ray: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def archive(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("examples")
     source = fill(folder / "photos", ["a.png", "b.png", "c.png"])
     (source / "notes.txt").write_bytes(b"no photo")
     (source / "cut.png").write_bytes(png(9)[:2000])
-    vaestream.compress(source, folder / "archive", weights=weights, min_psnr=0.0)
+    with without_ray():
+        vaestream.compress(source, folder / "archive", weights=weights, min_psnr=0.0)
     return folder / "archive"
 
 
@@ -80,10 +83,18 @@ def demo() -> ModuleType:
 
 
 def test_the_demo_runs_twice(
-    local_ray: Path, demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    local_ray: Path,
+    demo: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from PIL import Image
-
+    monkeypatch.setattr(demo, "PHOTOS", tmp_path / "photos")
+    demo.PHOTOS.mkdir()
+    for name in ("colosseum.jpg", "piazza-gray.jpg", "screenshot.png"):
+        with Image.open(EXAMPLES / "photos" / name) as image:
+            image.thumbnail((480, 480))  # the demo itself takes half a minute
+            image.save(demo.PHOTOS / name)
     for _ in range(2):
         demo.main(tmp_path / "demo-out")
     told = capsys.readouterr().out

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from photos import fill
 from PIL import Image
+from without_ray import without_ray
 
 import vaestream
 from vaestream.pipeline import extract as module
@@ -15,9 +16,7 @@ NAMES = [f"{i:02}.png" for i in range(10)]
 
 
 @pytest.fixture(scope="module")
-def archive(
-    local_ray: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory
-) -> vaestream.Archive:
+def archive(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> vaestream.Archive:
     folder = tmp_path_factory.mktemp("extract")
     source = fill(folder / "source", NAMES)
     for name in ("notes.txt", "d/more.txt"):
@@ -25,7 +24,8 @@ def archive(
         (source / name).write_bytes(name.encode())
     for path in source.rglob("*.*"):
         os.utime(path, (1_500_000_000, 1_500_000_000))
-    vaestream.compress(source, folder / "archive", weights=weights, min_psnr=0.0)
+    with without_ray():
+        vaestream.compress(source, folder / "archive", weights=weights, min_psnr=0.0)
     return vaestream.open(str(folder / "archive"))
 
 
@@ -38,7 +38,9 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_CHUNK", 4)
 
 
-def test_workers_write_what_one_process_writes(archive: vaestream.Archive, tmp_path: Path) -> None:
+def test_workers_write_what_one_process_writes(
+    local_ray: Path, archive: vaestream.Archive, tmp_path: Path
+) -> None:
     alone = extract(archive, str(tmp_path / "alone"), workers=0)
     seen: list[int] = []
     together = extract(

@@ -11,6 +11,7 @@ import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -199,7 +200,7 @@ def test_tiff_carries_its_description() -> None:
 
 
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
-def test_metadata_survives_saving(format: str) -> None:
+def test_metadata_survives_saving(format: Literal["png", "jpeg", "webp"]) -> None:
     first, second = photo(read("orientation-6.jpg")), photo(read("display-p3.jpg"))
     file = io.BytesIO()
     save(first.pixels, file, format, exif=first.exif, xmp=first.xmp, icc=second.icc)

@@ -17,6 +17,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from photos import files, fill, png
 from PIL import Image, ImageOps
+from without_ray import without_ray
 
 import vaestream
 from vaestream.archive.manifest import read_manifest
@@ -27,9 +28,11 @@ from vaestream.pipeline.cluster import cause_of, plan_pools, run_shards
 from vaestream.pipeline.destination import Destination
 from vaestream.pipeline.job import Progress, Summary
 
+Run = Callable[..., Summary]
+
 
 @pytest.fixture
-def run(local_ray: Path, weights: Path) -> Callable[..., Summary]:
+def small(weights: Path) -> Run:
     """`vaestream.compress` with the small model, in shards of two."""
 
     def compress(source: Path, destination: Path, **options: Any) -> Summary:
@@ -37,6 +40,18 @@ def run(local_ray: Path, weights: Path) -> Callable[..., Summary]:
         return vaestream.compress(source, destination, **{**defaults, **options})
 
     return compress
+
+
+@pytest.fixture
+def run(local_ray: Path, small: Run) -> Run:
+    """`small` on the tests' Ray."""
+    return small
+
+
+@pytest.fixture
+def run_here(small: Run) -> Run:
+    """`small` in this process."""
+    return without_ray()(small)
 
 
 @pytest.fixture
@@ -56,9 +71,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
     raise AssertionError("it did not happen")
 
 
-def test_every_object_gets_a_row_and_nothing_is_lost(
-    run: Callable[..., Summary], tmp_path: Path
-) -> None:
+def test_every_object_gets_a_row_and_nothing_is_lost(run: Run, tmp_path: Path) -> None:
     source = fill(tmp_path / "source", ["a.png", "sub/b.png", "sub/c.png"])
     plain = {"notes.txt": b"not a photo", "empty": b"", "cut.png": png(9)[:2000]}
     for name, data in plain.items():
@@ -89,27 +102,25 @@ def test_every_object_gets_a_row_and_nothing_is_lost(
 
 
 def test_a_finished_job_does_nothing_and_starts_no_ray(
-    run: Callable[..., Summary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Run, run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = fill(tmp_path / "source", ["a.png", "b.png", "c.png"])
-    first = run(source, tmp_path / "archive")
+    first = run_here(source, tmp_path / "archive")
     before = files(tmp_path / "archive")
     monkeypatch.setattr(job, "ray_session", lambda address: pytest.fail("Ray was asked for"))
-    second = run(source, tmp_path / "archive")
+    second = small(source, tmp_path / "archive")
     assert second.up_to_date and not first.up_to_date
     assert (second.objects, second.source_bytes) == (first.objects, first.source_bytes)
     assert files(tmp_path / "archive") == before
 
 
-def test_new_photos_make_new_parts_and_old_ones_stay(
-    run: Callable[..., Summary], tmp_path: Path
-) -> None:
+def test_new_photos_make_new_parts_and_old_ones_stay(run_here: Run, tmp_path: Path) -> None:
     source = fill(tmp_path / "source", ["b.png", "d.png", "f.png"])
-    run(source, tmp_path / "archive")
+    run_here(source, tmp_path / "archive")
     before = {name: data for name, data in files(tmp_path / "archive").items() if "part-" in name}
     fill(source, ["a.png", "e.png"], first=7)
     (source / "b.png").unlink()
-    summary = run(source, tmp_path / "archive")
+    summary = run_here(source, tmp_path / "archive")
     after = files(tmp_path / "archive")
     assert before.items() <= after.items()
     assert summary.objects == 5
@@ -118,29 +129,27 @@ def test_new_photos_make_new_parts_and_old_ones_stay(
     ]
 
 
-def test_other_settings_are_refused_unless_asked_for(
-    run: Callable[..., Summary], tmp_path: Path
-) -> None:
+def test_other_settings_are_refused_unless_asked_for(run_here: Run, tmp_path: Path) -> None:
     source = fill(tmp_path / "source", ["a.png", "b.png"])
     archive = tmp_path / "archive"
-    run(source, archive, quality=20)
+    run_here(source, archive, quality=20)
     before = files(archive)
     with pytest.raises(SettingsMismatchError, match=r"quality 20\.0 \(now 30\.0\)"):
-        run(source, archive, quality=30)
+        run_here(source, archive, quality=30)
     assert files(archive) == before
 
-    run(source, archive, quality=30, overwrite=True)
+    run_here(source, archive, quality=30, overwrite=True)
     fresh = tmp_path / "fresh"
-    run(source, fresh, quality=30)
+    run_here(source, fresh, quality=30)
     assert files(archive) == files(fresh)
 
 
 def test_a_later_run_takes_in_what_is_new_or_has_changed_and_drops_nothing(
-    run: Callable[..., Summary], tmp_path: Path
+    run_here: Run, tmp_path: Path
 ) -> None:
     source = fill(tmp_path / "source", ["a.png", "b.png", "c.png", "d.png", "e.png"])
     archive = tmp_path / "archive"
-    run(source, archive)
+    run_here(source, archive)
     before = {row.key: row for row in vaestream.open(str(archive)).rows()}
     blobs = {key: vaestream.open(str(archive)).blob(key) for key in before}
     (source / "b.png").write_bytes(png(99))
@@ -149,7 +158,7 @@ def test_a_later_run_takes_in_what_is_new_or_has_changed_and_drops_nothing(
     fill(source, ["f.png"])
     os.utime(source / "a.png", (1, 1))
 
-    summary = run(source, archive)
+    summary = run_here(source, archive)
     assert (summary.objects, summary.changed, summary.unlisted) == (6, 3, 1)
     opened = vaestream.open(str(archive))
     after = {row.key: row for row in opened.rows()}
@@ -164,23 +173,23 @@ def test_a_later_run_takes_in_what_is_new_or_has_changed_and_drops_nothing(
     assert verify(str(archive)) == []
     assert len(list(archive.glob("part-*.parquet"))) == len(opened.manifest.parts)
 
-    again = run(source, archive)
+    again = run_here(source, archive)
     assert again.up_to_date and (again.changed, again.unlisted) == (0, 1)
 
 
 def test_a_change_while_a_run_is_interrupted_leaves_one_row_an_object(
-    run: Callable[..., Summary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = fill(tmp_path / "source", ["a.png", "b.png", "c.png", "d.png"])
     archive = tmp_path / "archive"
-    run(source, archive)
+    run_here(source, archive)
 
     def cut_short() -> None:
         """A run that dies before it can commit: its parts lie beside the archive."""
         with monkeypatch.context() as patch:
             patch.setattr(Destination, "commit", _die)
             with pytest.raises(KeyboardInterrupt):
-                run(source, archive)
+                run_here(source, archive)
 
     (source / "b.png").write_bytes(png(99))
     fill(source, ["e.png", "f.png"])
@@ -190,7 +199,7 @@ def test_a_change_while_a_run_is_interrupted_leaves_one_row_an_object(
     cut_short()
     fill(source, ["dd.png"])
     (source / "b.png").write_bytes(png(96))
-    summary = run(source, archive)
+    summary = run_here(source, archive)
     assert summary.objects == 7
     opened = vaestream.open(str(archive))
     assert sorted(opened) == sorted(path.name for path in source.iterdir())
@@ -199,41 +208,37 @@ def test_a_change_while_a_run_is_interrupted_leaves_one_row_an_object(
         assert row.source_sha256 == digest, row.key
     assert verify(str(archive)) == []
     assert len(list(archive.glob("part-*.parquet"))) == len(opened.manifest.parts)
-    assert run(source, archive).up_to_date
+    assert run_here(source, archive).up_to_date
 
 
 def _die(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_parts_without_a_word_of_their_settings_are_refused(
-    run: Callable[..., Summary], tmp_path: Path
-) -> None:
+def test_parts_without_a_word_of_their_settings_are_refused(run_here: Run, tmp_path: Path) -> None:
     source = fill(tmp_path / "source", ["a.png"])
     archive = tmp_path / "archive"
-    run(source, archive)
+    run_here(source, archive)
     before = files(archive)
     (archive / "manifest.json").unlink()
     with pytest.raises(SettingsMismatchError, match="neither"):
-        run(source, archive)
-    run(source, archive, overwrite=True)
+        run_here(source, archive)
+    run_here(source, archive, overwrite=True)
     assert files(archive) == before
 
 
-def test_a_damaged_part_that_was_removed_is_made_again(
-    run: Callable[..., Summary], tmp_path: Path
-) -> None:
+def test_a_damaged_part_that_was_removed_is_made_again(run_here: Run, tmp_path: Path) -> None:
     source = fill(tmp_path / "source", ["a.png", "b.png", "c.png", "d.png"])
     archive = tmp_path / "archive"
-    run(source, archive)
+    run_here(source, archive)
     before = files(archive)
     next(archive.glob("part-*")).unlink()
-    assert not run(source, archive).up_to_date
+    assert not run_here(source, archive).up_to_date
     assert files(archive) == before
 
 
 def test_a_worker_killed_in_mid_shard_changes_nothing(
-    run: Callable[..., Summary], tmp_path: Path, marks: Path
+    run: Run, run_here: Run, tmp_path: Path, marks: Path
 ) -> None:
     source = fill(tmp_path / "source", ["a.png", "c.png", "d.png", "e.png"])
     (source / "b.png").write_bytes(png(5, "WAIT HERE"))
@@ -250,13 +255,13 @@ def test_a_worker_killed_in_mid_shard_changes_nothing(
     run(source, tmp_path / "disturbed", workers=1)
     killer.join()
     assert killed
-    run(source, tmp_path / "peaceful", workers=1)
+    run_here(source, tmp_path / "peaceful")
     assert files(tmp_path / "disturbed") == files(tmp_path / "peaceful")
     assert len(vaestream.open(str(tmp_path / "disturbed"))) == 5
 
 
 def test_a_driver_killed_in_mid_job_is_continued(
-    run: Callable[..., Summary], tmp_path: Path, weights: Path, marks: Path
+    run_here: Run, tmp_path: Path, weights: Path, marks: Path
 ) -> None:
     source = fill(tmp_path / "source", ["a.png", "b.png", "c.png", "e.png", "f.png"])
     (source / "d.png").write_bytes(png(6, "WAIT HERE"))
@@ -276,21 +281,21 @@ def test_a_driver_killed_in_mid_job_is_continued(
     (marks / "go").touch()
     assert not (archive / "manifest.json").exists()
     with pytest.raises(SettingsMismatchError):
-        run(source, archive, quality=10)
+        run_here(source, archive, quality=10)
 
-    run(source, archive)
-    run(source, tmp_path / "peaceful")
+    run_here(source, archive)
+    run_here(source, tmp_path / "peaceful")
     assert committed <= set(files(archive))
     assert files(archive) == files(tmp_path / "peaceful")
 
 
 def test_a_photo_that_kills_its_worker_ends_as_one_error_row(
-    run: Callable[..., Summary], tmp_path: Path, marks: Path
+    run: Run, tmp_path: Path, marks: Path
 ) -> None:
     source = fill(tmp_path / "source", ["a.png", "c.png", "d.png", "e.png"])
     poison = png(5, "KILL ME")
     (source / "b.png").write_bytes(poison)
-    summary = run(source, tmp_path / "archive", shard_images=3)
+    summary = run(source, tmp_path / "archive", shard_images=3, workers=1)
     archive = vaestream.open(str(tmp_path / "archive"))
     assert summary.failed == ["b.png"]
     assert "SIGKILL" in (archive.row("b.png").error or "")
@@ -300,18 +305,18 @@ def test_a_photo_that_kills_its_worker_ends_as_one_error_row(
     assert len((marks / "deaths").read_text().split()) == 4
 
 
-def test_an_error_in_a_worker_arrives_as_it_is_and_leaves_no_half_archive(
-    run: Callable[..., Summary], tmp_path: Path
+def test_what_stands_where_a_part_belongs_is_told_and_no_half_archive_is_left(
+    run_here: Run, tmp_path: Path
 ) -> None:
     source = fill(tmp_path / "source", ["a.png", "b.png", "c.png"])
     archive = tmp_path / "archive"
     archive.mkdir()
     # Where the second shard's part belongs stands a folder that holds something.
-    run(source, tmp_path / "other")
+    run_here(source, tmp_path / "other")
     manifest = read_manifest(LocalFileSystem(), str(tmp_path / "other"))
     (archive / manifest.parts[1].name / "full").mkdir(parents=True)
     with pytest.raises(VaestreamError, match="part-"):
-        run(source, archive, overwrite=True)
+        run_here(source, archive, overwrite=True)
     assert not (archive / "manifest.json").exists()
 
 
@@ -363,7 +368,7 @@ def test_workers_follow_from_what_the_cluster_has() -> None:
 
 @pytest.mark.parametrize(("folder", "packed"), [("odd", False), ("odd", True), ("camera", False)])
 def test_files_from_the_wild(
-    run: Callable[..., Summary], tmp_path: Path, shared: Path, folder: str, packed: bool
+    run: Run, tmp_path: Path, shared: Path, folder: str, packed: bool
 ) -> None:
     source = shared / "photos" / folder
     paths = {str(path.relative_to(source)): path for path in source.rglob("*") if path.is_file()}
@@ -390,15 +395,14 @@ def test_files_from_the_wild(
             assert archive.payloads([row.key])[0].icc == image.info.get("icc_profile"), row.key
 
 
-def test_an_error_of_a_worker_is_told_in_its_own_words(
-    run: Callable[..., Summary], tmp_path: Path
-) -> None:
+def test_an_error_of_a_worker_is_told_in_its_own_words(run: Run, tmp_path: Path) -> None:
     source = fill(tmp_path / "source", ["a.png"])
     archive = tmp_path / "archive"
     (archive / ".vaestream-job").mkdir(parents=True)
     (archive / ".vaestream-job" / "attempts").write_text("where a folder must be")
     with pytest.raises(ArchiveError, match=r"attempts/.*Not a directory"):
         run(source, archive)
+    assert not (archive / "manifest.json").exists()
 
 
 def test_of_rays_errors_the_line_is_told_that_says_why() -> None:
@@ -416,7 +420,7 @@ To change retry attempts, configure `DataContext` (`retried_io_errors` for I/O).
 
 
 def test_names_may_hold_what_fsspec_takes_for_a_chain(
-    run: Callable[..., Summary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     fill(tmp_path / "a::b", ["s3::c.png"])
@@ -425,16 +429,16 @@ def test_names_may_hold_what_fsspec_takes_for_a_chain(
     assert vaestream.open("s3::archive")["s3::c.png"].size == (96, 72)
 
 
-def test_a_lost_index_or_model_is_made_again(run: Callable[..., Summary], tmp_path: Path) -> None:
+def test_a_lost_index_or_model_is_made_again(run_here: Run, tmp_path: Path) -> None:
     source = fill(tmp_path / "source", ["a.png", "b.png"])
     archive = tmp_path / "archive"
-    run(source, archive)
+    run_here(source, archive)
     before = files(archive)
     (archive / "index.parquet").unlink()
-    assert not run(source, archive).up_to_date
+    assert not run_here(source, archive).up_to_date
     assert files(archive) == before
     next((archive / "models").iterdir()).unlink()
-    run(source, archive)
+    run_here(source, archive)
     assert files(archive) == before
 
 

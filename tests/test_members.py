@@ -11,8 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from photos import png
+from without_ray import without_ray
 
 import vaestream
+from vaestream.archive import retries
 from vaestream.errors import SourceError
 from vaestream.pipeline.fetch import Fetched, fetch_all
 from vaestream.pipeline.job import Summary
@@ -20,6 +22,12 @@ from vaestream.pipeline.listing import list_sources
 from vaestream.pipeline.members import MemberReader
 
 FILES = {"a.png": png(1), "sub/b.png": png(2), "sub/b.json": b"{}", "empty.txt": b""}
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is damaged is read again as often as ever, and at once."""
+    monkeypatch.setattr(retries, "_FIRST_PAUSE", 0.0)
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes = b"", **fields: Any) -> None:
@@ -49,7 +57,7 @@ def make_zip(path: Path, method: int) -> Path:
 def read(*sources: Path, **options: Any) -> dict[str, Fetched]:
     """What a job would read, by key."""
     objects = list(listing := list_sources([str(source) for source in sources], **options))
-    limits = {"max_object_bytes": 1 << 30}
+    limits: dict[str, Any] = {"max_object_bytes": 1 << 30}
     found = {
         got.item.key: got
         for got in fetch_all(objects, listing.stores, members=MemberReader(), **limits)
@@ -262,9 +270,8 @@ def test_a_table_without_photos_is_refused_with_what_it_has(
     assert name in str(caught.value)
 
 
-def test_the_job_takes_tars_and_goes_on_as_they_grow(
-    local_ray: Path, weights: Path, tmp_path: Path
-) -> None:
+def test_the_job_takes_tars_and_goes_on_as_they_grow(weights: Path, tmp_path: Path) -> None:
+    @without_ray()
     def run() -> Summary:
         options: dict[str, Any] = {"min_psnr": 0.0, "shard_images": 3, "weights": weights}
         return vaestream.compress(tmp_path / "*.tar", tmp_path / "archive", **options)

@@ -315,7 +315,7 @@ def test_a_signed_url_leaves_no_signature(tmp_path: Path, web: str) -> None:
     (tmp_path / "urls.txt").write_text(f"{signed}\n{web}/gone.jpg?sig=abcdef\n")
     objects = list(listing := find_sources([str(tmp_path / "urls.txt")]))
     assert "abcdef" not in " ".join(item.key + item.url for item in objects)
-    limits = {"max_object_bytes": 1 << 20}
+    limits: dict[str, Any] = {"max_object_bytes": 1 << 20}
     found = list(fetch_all(objects, listing.stores, members=MemberReader(), **limits))
     assert [got.data for got in found] == [b"x.jpg", None]
     assert "abcdef" not in (found[1].error or "")

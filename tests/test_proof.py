@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from photos import fill, png
+from without_ray import without_ray
 
 import vaestream
 from vaestream.archive.reader import Archive
@@ -35,8 +36,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def archive(source: Path, local_ray: Path, weights: Path) -> Path:
-    vaestream.compress(source, source.parent / "archive", weights=weights, min_psnr=0.0)
+def archive(source: Path, weights: Path) -> Path:
+    with without_ray():
+        vaestream.compress(source, source.parent / "archive", weights=weights, min_psnr=0.0)
     return source.parent / "archive"
 
 

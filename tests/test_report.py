@@ -16,6 +16,7 @@ from archive_samples import commit, row, stand_in
 from archive_samples import png as png_of
 from photos import fill, pixels, png
 from PIL import Image
+from without_ray import without_ray
 
 import vaestream
 from vaestream import cli
@@ -270,7 +271,8 @@ def test_a_report_that_fails_leaves_no_old_one(
     assert not (archive / "report.html").exists()
 
 
-def test_the_job_writes_it_once(local_ray: Path, weights: Path, tmp_path: Path) -> None:
+@without_ray()
+def test_the_job_writes_it_once(weights: Path, tmp_path: Path) -> None:
     source = fill(tmp_path / "photos", ["a.png", "b.png"])
     (source / "<i>cut.png").write_bytes(png(9)[:2000])
     archive = tmp_path / "archive"

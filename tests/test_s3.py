@@ -12,6 +12,7 @@ import s3fs
 from photos import png
 from s3_faults import Fault, FaultyProxy, after, share
 from s3_server import KEY, SECRET, S3Server, options_for
+from without_ray import without_ray
 
 import vaestream
 from vaestream.archive.verify import verify
@@ -46,7 +47,7 @@ def bucket(fs: s3fs.S3FileSystem) -> str:
 
 
 @pytest.fixture(scope="module")
-def run(local_ray: Path, weights: Path, s3: S3Server, bucket: str) -> Run:
+def small(weights: Path, s3: S3Server, bucket: str) -> Run:
     """Compress photos/ of the bucket to a prefix in it, with the small model, in shards of two."""
 
     def compress(prefix: str, **options: Any) -> Summary:
@@ -63,9 +64,21 @@ def run(local_ray: Path, weights: Path, s3: S3Server, bucket: str) -> Run:
 
 
 @pytest.fixture(scope="module")
-def peaceful(run: Run, fs: s3fs.S3FileSystem, bucket: str) -> dict[str, bytes]:
+def run(local_ray: Path, small: Run) -> Run:
+    """`small` on the tests' Ray."""
+    return small
+
+
+@pytest.fixture(scope="module")
+def run_here(small: Run) -> Run:
+    """`small` in this process."""
+    return without_ray()(small)
+
+
+@pytest.fixture(scope="module")
+def peaceful(run_here: Run, fs: s3fs.S3FileSystem, bucket: str) -> dict[str, bytes]:
     """The files of the archive peaceful/, made while nothing failed."""
-    summary = run("peaceful")
+    summary = run_here("peaceful")
     assert (summary.objects, summary.photos) == (len(OBJECTS), 7)
     assert summary.failed == ["cut.png"]
     return files(fs, f"{bucket}/peaceful")
@@ -109,7 +122,7 @@ def test_the_same_sources_give_the_same_bytes_elsewhere(
 
 
 @pytest.mark.usefixtures("peaceful")
-def test_a_finished_job_writes_nothing(run: Run, s3: S3Server) -> None:
+def test_a_finished_job_writes_nothing(small: Run, s3: S3Server) -> None:
     writes: list[str] = []
 
     def watch(method: str, path: str) -> None:
@@ -117,7 +130,7 @@ def test_a_finished_job_writes_nothing(run: Run, s3: S3Server) -> None:
             writes.append(path)
 
     with FaultyProxy(s3.url, watch) as proxy:
-        assert run("peaceful", storage_options=options_for(proxy.url)).up_to_date
+        assert small("peaceful", storage_options=options_for(proxy.url)).up_to_date
     assert proxy.calls and not writes
 
 
@@ -179,13 +192,18 @@ def test_what_is_wrong_is_told_with_its_url_and_without_a_secret(
 
 
 def test_an_archive_made_under_faults_is_the_one_made_in_peace(
-    run: Run, peaceful: dict[str, bytes], fs: s3fs.S3FileSystem, s3: S3Server, bucket: str
+    run: Run,
+    run_here: Run,
+    peaceful: dict[str, bytes],
+    fs: s3fs.S3FileSystem,
+    s3: S3Server,
+    bucket: str,
 ) -> None:
     # Of a hundred calls five fail and one gives no answer.
     rule = share(7, busy=2, drop=1, cut=1, forget=1, hang=1)
     with FaultyProxy(s3.url, rule) as proxy:
-        for prefix in ("disturbed", "again"):
-            run(prefix, storage_options=hasty(proxy))
+        for job, prefix in ((run, "disturbed"), (run_here, "again")):
+            job(prefix, storage_options=hasty(proxy))
             assert files(fs, f"{bucket}/{prefix}") == peaceful
         url = f"s3://{bucket}/disturbed"
         archive = vaestream.open(url, storage_options=hasty(proxy))
@@ -201,6 +219,7 @@ def test_an_archive_made_under_faults_is_the_one_made_in_peace(
 )
 def test_a_destination_that_takes_no_more_stops_the_job_and_a_later_one_goes_on(
     run: Run,
+    run_here: Run,
     peaceful: dict[str, bytes],
     fs: s3fs.S3FileSystem,
     s3: S3Server,
@@ -223,7 +242,7 @@ def test_a_destination_that_takes_no_more_stops_the_job_and_a_later_one_goes_on(
 
         again: list[str] = []
         proxy.rule = lambda method, path: again.append(path) if method == "PUT" else None
-        run(fault, **options)
+        run_here(fault, **options)
         assert not any(name in path for name in parts for path in again)
     assert files(fs, f"{bucket}/{fault}") == peaceful
     # Nor does Ray write down what workers are given.
@@ -232,13 +251,18 @@ def test_a_destination_that_takes_no_more_stops_the_job_and_a_later_one_goes_on(
 
 
 def test_a_source_that_gives_no_more_stops_the_job_and_a_later_one_goes_on(
-    run: Run, peaceful: dict[str, bytes], fs: s3fs.S3FileSystem, s3: S3Server, bucket: str
+    run: Run,
+    run_here: Run,
+    peaceful: dict[str, bytes],
+    fs: s3fs.S3FileSystem,
+    s3: S3Server,
+    bucket: str,
 ) -> None:
     with FaultyProxy(s3.url, after(5, "refuse", "GET", "/photos/")) as proxy:
-        options = {"storage_options": hasty(proxy)}
+        options = {"storage_options": hasty(proxy), "workers": 1}
         with pytest.raises(SourceError, match=rf"s3://{bucket}/photos/\S+: .*Permission.*nor can"):
             run("forbidden", **options)
         assert "manifest.json" not in files(fs, f"{bucket}/forbidden")
         proxy.rule = None
-        run("forbidden", **options)
+        run_here("forbidden", **options)
     assert files(fs, f"{bucket}/forbidden") == peaceful

@@ -10,7 +10,8 @@ from vaestream.training.soap import Soap
 
 def _rotation(size: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
+    rotation: Tensor = torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
+    return rotation
 
 
 def _gradients(shape: tuple[int, ...], count: int) -> list[Tensor]:

@@ -9,6 +9,7 @@ from PIL import Image
 from vaestream.codec import Codec
 from vaestream.codec.config import ModelConfig
 from vaestream.errors import SourceError, WeightsError
+from vaestream.training import calibration
 from vaestream.training.evaluate import evaluate
 from vaestream.training.trainer import TrainingSettings, train
 
@@ -18,13 +19,19 @@ SETTINGS = TrainingSettings(batch=2, crop=64, validation_photos=1)
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.photos import pixels
+    from photos import pixels
 
     folder = tmp_path_factory.mktemp("photos")
     for seed in range(6):
         Image.fromarray(pixels(seed, 96, 128)).save(folder / f"{seed}.png")
     (folder / "notes.txt").write_text("not a photo")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def few_crops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the tables: most of a short run's time goes into coding these."""
+    monkeypatch.setattr(calibration, "_CROPS", 8)
 
 
 class _Killed(Exception):

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 from photos import files, fill, png
+from without_ray import without_ray
 
 import vaestream
 from vaestream.archive.verify import verify
@@ -26,7 +27,7 @@ Run = Callable[..., Summary]
 
 
 @pytest.fixture
-def run(local_ray: Path, weights: Path, tmp_path: Path) -> Run:
+def small(weights: Path) -> Run:
     """A job with the small model, one worker and shards of two."""
 
     def compress(source: Path, archive: Path, **options: Any) -> Summary:
@@ -34,6 +35,18 @@ def run(local_ray: Path, weights: Path, tmp_path: Path) -> Run:
         return vaestream.compress(source, archive, **{**defaults, "workers": 1, **options})
 
     return compress
+
+
+@pytest.fixture
+def run(local_ray: Path, small: Run) -> Run:
+    """`small` on the tests' Ray."""
+    return small
+
+
+@pytest.fixture
+def run_here(small: Run) -> Run:
+    """`small` in this process."""
+    return without_ray()(small)
 
 
 def once(act: Callable[[], Any]) -> Callable[[Progress], None]:
@@ -48,7 +61,7 @@ def once(act: Callable[[], Any]) -> Callable[[Progress], None]:
 
 
 def test_a_second_job_warns_and_both_make_one_archive(
-    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run: Run, run_here: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = fill(tmp_path / "source", [f"{i}.png" for i in range(6)])
     archive = tmp_path / "archive"
@@ -59,21 +72,21 @@ def test_a_second_job_warns_and_both_make_one_archive(
     assert f"process {os.getpid()} on {socket.gethostname()}" in record.getMessage()
     assert outer.objects == inner[0].objects == 6
     assert verify(str(archive)) == []
-    run(source, tmp_path / "peaceful")
+    run_here(source, tmp_path / "peaceful")
     assert files(archive) == files(tmp_path / "peaceful")
     assert not (archive / ".vaestream-job").exists()
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_second_job_that_finds_more_photos_loses_none(
-    run: Run, tmp_path: Path, overwrite: bool
+    run: Run, run_here: Run, tmp_path: Path, overwrite: bool
 ) -> None:
     source = fill(tmp_path / "source", ["b.png", "d.png", "f.png", "h.png", "j.png"])
     archive = tmp_path / "archive"
 
     def second() -> None:
         fill(source, ["a.png", "e.png"], first=20)
-        run(source, archive)
+        run_here(source, archive)
 
     run(source, archive, overwrite=overwrite, progress=once(second))
     assert verify(str(archive)) == []
@@ -81,18 +94,18 @@ def test_a_second_job_that_finds_more_photos_loses_none(
     # What the two had cut differently is there once, for those too that read the bare parts.
     manifest = json.loads((archive / "manifest.json").read_text())
     assert {part["name"] for part in manifest["parts"]} == {p.name for p in archive.glob("part-*")}
-    assert run(source, archive).objects == 7
+    assert run_here(source, archive).objects == 7
     assert len(vaestream.open(str(archive))) == 7
 
 
-def test_a_second_job_with_other_settings_is_refused(run: Run, tmp_path: Path) -> None:
+def test_a_second_job_with_other_settings_is_refused(run_here: Run, tmp_path: Path) -> None:
     source = fill(tmp_path / "source", ["a.png", "b.png", "c.png"])
 
     def second() -> None:
         with pytest.raises(SettingsMismatchError):
-            run(source, tmp_path / "archive", quality=20)
+            run_here(source, tmp_path / "archive", quality=20)
 
-    assert run(source, tmp_path / "archive", progress=once(second)).objects == 3
+    assert run_here(source, tmp_path / "archive", progress=once(second)).objects == 3
     assert verify(str(tmp_path / "archive")) == []
 
 
@@ -145,12 +158,13 @@ def test_a_note_counts_while_its_driver_lives(tmp_path: Path) -> None:
         note = json.loads((notes / "two").read_text())
         with subprocess.Popen(["true"]) as gone:
             pass
-        for changed, count in [
+        changes: list[tuple[dict[str, Any], int]] = [
             ({"host": "elsewhere"}, 1),
             ({"host": "elsewhere", "time": time.time() - 2 * FRESH_SECONDS}, 0),
             ({"pid": gone.pid}, 0),
             ({"pid": "none"}, 0),
-        ]:
+        ]
+        for changed, count in changes:
             (notes / "two").write_text(json.dumps({**note, **changed}))
             assert len(one.others()) == count, changed
         (notes / "two").write_text("[]")

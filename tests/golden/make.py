@@ -14,6 +14,7 @@ import torch
 from vaestream.codec import Codec
 from vaestream.codec.config import ModelConfig
 from vaestream.codec.hyperprior import Hyperprior
+from vaestream.codec.priors import MeanContext, ScaleContext
 from vaestream.codec.weights_file import export_weights
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -27,10 +28,12 @@ with torch.no_grad():  # so that every path contributes, as in a trained model, 
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.02)
     model.h_a.down2.weight.mul_(8)  # hyper-latents that need their tables, and escapes
+    assert model.h_s_scale.project.bias is not None
     model.h_s_scale.project.bias.copy_(torch.linspace(7, -1, 16))  # indices low and high
     for table in (model.g_s.condition, model.h_s_mean.condition):
         table.nodes.add_(torch.randn_like(table.nodes))
     for context in (*model.h_s_mean.context.values(), *model.h_s_scale.context.values()):
+        assert isinstance(context, MeanContext | ScaleContext)
         context.out.weight.add_(torch.randn_like(context.out.weight) * 0.2)
 weights = export_weights(model)
 (folder / "tiny.safetensors").write_bytes(weights)

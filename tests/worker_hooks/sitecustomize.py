@@ -6,19 +6,22 @@ Where the folder has a file named "fake-gpus", a worker for a GPU notes so there
 id) and computes on the CPU.
 """
 
-import importlib.util
 import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 
-def hook(images):
+def hook(images: Any) -> None:
     load = images.load
     folder = Path(os.environ["VAESTREAM_HOOK_FOLDER"])
 
-    def hooked(data, **options):
+    def hooked(data: bytes, **options: object) -> object:
         if b"KILL ME" in data:
             with (folder / "deaths").open("a") as file:
                 file.write(f"{os.getpid()}\n")
@@ -32,11 +35,11 @@ def hook(images):
     images.load = hooked
 
 
-def hook_worker(worker):
+def hook_worker(worker: Any) -> None:
     load_codec = worker.load_codec
     folder = Path(os.environ["VAESTREAM_HOOK_FOLDER"])
 
-    def hooked(fs, root, model_id, *, device):
+    def hooked(fs: object, root: str, model_id: str, *, device: str) -> object:
         if (folder / "fake-gpus").exists():
             (folder / f"{device}-{os.getpid()}").touch()
             device = "cpu"
@@ -45,23 +48,26 @@ def hook_worker(worker):
     worker.load_codec = hooked
 
 
+HOOKS = {"vaestream.images": hook, "vaestream.pipeline.worker": hook_worker}
+
+
+class HookedLoader(SourceFileLoader):
+    """Runs a module, then its hook."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        HOOKS[module.__name__](module)
+
+
 class Finder:
     """Puts hooks in when their modules are imported, and costs other processes nothing."""
 
-    hooks = {"vaestream.images": hook, "vaestream.pipeline.worker": hook_worker}  # noqa: RUF012
-
-    def find_spec(self, name, path=None, target=None):
-        hook = self.hooks.pop(name, None)
-        if hook is None:
-            return None
-        spec = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
-
-        def exec_module(module):
-            execute(module)
-            hook(module)
-
-        spec.loader.exec_module = exec_module
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path) if name in HOOKS else None
+        if spec is not None and spec.origin is not None:
+            spec.loader = HookedLoader(name, spec.origin)
         return spec
 
 

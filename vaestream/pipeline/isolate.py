@@ -18,18 +18,22 @@ _TRIES = 2
 _GONE = (EOFError, BrokenPipeError, ConnectionResetError)
 
 
-class MakesRows(Protocol):
+class MakesRow(Protocol):
+    """What a compressor is to a process of its own."""
+
+    def row(self, item: SourceObject, data: bytes) -> Row: ...
+
+
+class MakesRows(MakesRow, Protocol):
     """What a compressor is to a worker."""
 
     def rows(self, fetched: Iterable[Fetched]) -> Iterator[Row]: ...
-
-    def row(self, item: SourceObject, data: bytes) -> Row: ...
 
 
 class Make(Protocol):
     """Makes a compressor in the process that calls it; must be picklable."""
 
-    def __call__(self) -> MakesRows: ...
+    def __call__(self) -> MakesRow: ...
 
 
 class IsolatedCompressor:

@@ -15,7 +15,7 @@ On GPUs, read bytes and decode them in actors of their own:
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -169,7 +169,8 @@ class ArchiveDatasource(Datasource):
         if self._max_size is not None:
             scale = np.maximum(1, np.maximum(width, height) / self._max_size)
             width, height = width / scale, height / scale
-        return np.ceil(width * height * _BYTES_A_PIXEL)
+        sizes: np.ndarray[Any, Any] = np.ceil(width * height * _BYTES_A_PIXEL)
+        return sizes
 
 
 class _Read:
@@ -243,10 +244,10 @@ class Decode:
                 width, height, region=self._region, max_size=self._max_size, reduced=False
             )
             return view.show(pixels)
-        decoded = self._codec.decode(
+        (decoded,) = self._codec.decode(
             [data], region=self._region, max_size=self._max_size, max_pixels=None
         )
-        return decoded[0]
+        return decoded
 
 
 class Encode:

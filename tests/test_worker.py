@@ -256,7 +256,7 @@ def test_the_part_that_stands_first_stays(
     codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: bool
 ) -> None:
     fs, root = LocalFileSystem(), str(tmp_path / "archive")
-    listing = list_sources([str(fill(tmp_path / "source", ["a.png", "b.png", "c.png"]))])
+    listing = list_sources([str(fill(tmp_path / "source", [f"{i}.png" for i in range(6)]))])
     objects = list(listing)
     settings = Settings.of(min_psnr=0)
     spec = WorkerSpec(
@@ -285,6 +285,7 @@ def test_the_part_that_stands_first_stays(
 
     monkeypatch.setattr(images, "load", slow)
     info = ShardWorker(spec).run(shard)
-    assert len(loaded) == (1 if looks else 3)
+    # One is loaded ahead.
+    assert len(loaded) <= 2 if looks else len(loaded) == 6
     assert info == find_part(fs, root, shard.part_id) and info.stats.photos_vae == 0
     assert [path.name for path in (tmp_path / "archive").glob("*part*")] == [info.name]

@@ -73,6 +73,26 @@ def test_compress_folder(local_ray: Path, tmp_path: Path) -> None:
     assert list(vaestream.open(str(tmp_path / "archive"))) == ["a.png"]
 
 
+def test_small_copies_through_ray_data(archive: Path, tmp_path: Path) -> None:
+    told = run("ray_data.py", archive, tmp_path / "small")
+    assert "3 photos" in told
+    assert list(vaestream.open(str(tmp_path / "small"))) == ["a.png", "b.png", "c.png"]
+
+
+def test_hugging_face_dataset(archive: Path) -> None:
+    pytest.importorskip("datasets")
+    told = run("huggingface_dataset.py", archive, HF_HUB_OFFLINE="1")
+    assert [line.split()[0] for line in told.splitlines()] == ["a.png", "b.png", "c.png"]
+
+
+def test_pillow_plugin(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(1))
+    out = tmp_path / "a.vst"
+    assert "(96, 72) 60.0" in run("pillow_plugin.py", tmp_path / "a.png", out)
+    with Image.open(f"{out}.thumbnail.png") as image:
+        assert image.size == (96, 72)
+
+
 @pytest.fixture
 def demo() -> ModuleType:
     spec = importlib.util.spec_from_file_location("demo", EXAMPLES / "demo.py")

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ def byte_rows(count: int, *, size: int = 4000, seed: int = 0, prefix: str = "k")
 
 def commit(
     url: str,
-    parts: dict[str, Sequence[Row]],
+    parts: Mapping[str, Sequence[Row]],
     *,
     row_group_bytes: int = 96 << 20,
     model: bytes = MODEL,

@@ -146,6 +146,20 @@ def test_pixels_are_the_same_by_way_of_workers(
         assert not item["image"].is_inference()
 
 
+def test_workers_may_make_the_pixels(
+    dataset: ArchiveDataset,
+    expected: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options: Any = {"num_workers": 1, "multiprocessing_context": "fork", "synthesis": "workers"}
+    items = [item for batch in ArchiveLoader(dataset, 5, **options) for item in batch]
+    assert [item["key"] for item in items] == sorted(expected)
+    assert all(torch.equal(item["image"], expected[item["key"]]) for item in items)
+    monkeypatch.setattr(dataset.archive.codec, "device", torch.device("meta"))
+    with pytest.raises(ValueError, match="workers have no meta"):
+        ArchiveLoader(dataset, 5, **options)
+
+
 def test_a_dataset_is_a_sequence(archive: Archive, expected: dict[str, torch.Tensor]) -> None:
     dataset = ArchiveDataset(archive)
     assert dataset.keys == sorted(expected) and len(dataset) == len(expected)
@@ -284,7 +298,7 @@ def test_each_epoch_and_seed_has_an_order_of_its_own(dataset: ArchiveDataset) ->
 
 def test_the_order_is_the_same_for_ever() -> None:
     """A state that was saved with one version is gone on with in another."""
-    blocks = Blocks.cut(np.array([0] * 7 + [1] * 3), np.zeros(10), np.arange(10)[::-1], 3)
+    blocks = Blocks.cut(np.array([0] * 7 + [1] * 3), np.zeros(10, np.int64), np.arange(10)[::-1], 3)
     assert blocks.bounds.tolist() == [0, 3, 6, 7, 10]
     assert blocks.positions.tolist() == [6, 5, 4, 3, 2, 1, 0, 9, 8, 7]
     shuffled = blocks.shuffled(7, 2)
@@ -340,7 +354,7 @@ def test_an_epoch_goes_on_where_it_was_stopped(
 ) -> None:
     """20 stops, each after some batches of some epoch; the state passes through JSON."""
     dice = random.Random(workers)
-    loaders = {
+    loaders: dict[str, Callable[[], ArchiveLoader]] = {
         "0": lambda: ArchiveLoader(dataset, 3, shuffle=True, window=3),
         "2": lambda: with_workers(3),
     }
@@ -608,13 +622,13 @@ def test_many_tensors_travel_as_one() -> None:
         torch.from_numpy(rng.integers(0, 100, rng.integers(0, 5, dims))).to(kinds[i % 4])
         for i, dims in enumerate([0, 1, 2, 3, 4] * 5)
     ]
-    value = {"tensors": tensors, "strided": tensors[2].t(), "rest": ("text", None, 3.5)}
+    tensors.append(tensors[2].t())
+    value = {"tensors": tensors, "rest": ("text", None, 3.5)}
     packed = pack(value)
     assert packed.data.dtype == torch.uint8 and packed.data.ndim == 1
     back = unpack(packed)
     assert back["rest"] == value["rest"]
-    there = [*tensors, value["strided"]]
-    for one, other in zip(there, [*back["tensors"], back["strided"]], strict=True):
+    for one, other in zip(tensors, back["tensors"], strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
 
 

@@ -1,9 +1,12 @@
 """Batches of photos, entropy-decoded in worker processes and synthesised in this one."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 from torch.utils.data import DataLoader, Dataset
+
+from vaestream.codec import Latents
 
 from .dataset import ArchiveDataset
 from .order import Even
@@ -17,7 +20,7 @@ class ArchiveLoader:
 
     Workers read bytes and decode them to latents, on CPUs; this process makes pixels of them on
     the dataset's device, and applies `on_error`, `transform` and `collate_fn`, none of which need
-    pickle. Workers never touch that device. The pixels are those of `Archive.read` on it.
+    pickle. Workers never touch that device. The pixels are those of `Archive.read` in this process.
 
     An iteration is one epoch, the next one the epoch after it. It begins where `load_state_dict`
     has put it, else at the epoch's first photo. One iteration at a time.
@@ -26,10 +29,15 @@ class ArchiveLoader:
         them. A batch from which `on_error="skip"` leaves nothing does not come.
     num_workers: processes; with 0 all happens in this one. prefetch_factor: batches that each
         prepares in advance; they lie in shared memory, with about 3 bytes a pixel.
+    synthesis: where pixels are made, in the "main" process or in "workers", which is faster where
+        the device is the CPU: each has one thread and needs no other. With more threads in the main
+        process, a float32 convolution may have another last bit there, and a pixel another level.
     multiprocessing_context: how workers are started. "spawn" and "forkserver" are safe in any
         program, which keeps its own work below `if __name__ == "__main__"`; "fork" starts faster
         and is safe where the program has no other threads by then.
     collate_fn: from the list of items to the batch; by default the list.
+
+    Raises ValueError for values that make no sense. An iteration raises as the dataset does.
     """
 
     def __init__(
@@ -46,9 +54,16 @@ class ArchiveLoader:
         drop_last: bool = False,
         num_workers: int = 0,
         prefetch_factor: int = 2,
+        synthesis: Literal["main", "workers"] = "main",
         multiprocessing_context: str = "spawn",
         collate_fn: Callable[[list[Any]], Any] = list,
     ) -> None:
+        if synthesis not in ("main", "workers"):
+            raise ValueError(f"synthesis {synthesis!r}: one of main, workers")
+        if synthesis == "workers" and dataset.archive.codec.device.type != "cpu":
+            raise ValueError(
+                f"workers have no {dataset.archive.codec.device.type}: synthesis there"
+            )
         self.dataset = dataset
         self.collate_fn = collate_fn
         self.sampler = ArchiveSampler(
@@ -65,7 +80,7 @@ class ArchiveLoader:
         self._packed: DataLoader[Any]
         if num_workers:
             self._packed = DataLoader(
-                _Photos(dataset.reader.on_cpu()),
+                _Photos(dataset.reader.on_cpu(), render=synthesis == "workers"),
                 batch_sampler=self.sampler,
                 num_workers=num_workers,
                 prefetch_factor=prefetch_factor,
@@ -75,7 +90,7 @@ class ArchiveLoader:
             )
         else:
             self._packed = DataLoader(
-                _Photos(dataset.reader), batch_sampler=self.sampler, collate_fn=list
+                _Photos(dataset.reader, render=False), batch_sampler=self.sampler, collate_fn=list
             )
         self._taken = 0
         self._loaded = False
@@ -134,8 +149,15 @@ class ArchiveLoader:
 class _Photos(Dataset[Any]):
     """What a worker holds."""
 
-    def __init__(self, reader: PhotoReader) -> None:
+    def __init__(self, reader: PhotoReader, *, render: bool) -> None:
         self._reader = reader
+        self._render = render
 
     def __getitems__(self, positions: list[int]) -> list[Coded]:
-        return self._reader.read(positions)
+        photos = self._reader.read(positions)
+        if self._render:
+            codec = self._reader.archive.codec
+            for at, photo in enumerate(photos):
+                if isinstance(photo.content, Latents):
+                    photos[at] = replace(photo, content=codec.render(photo.content))
+        return photos

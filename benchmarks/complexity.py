@@ -54,10 +54,14 @@ def main() -> None:
 def prior(networks: Networks, z_hat: Tensor, quality: Tensor) -> None:
     """All that decoding computes before the synthesis."""
     header = Header(SIDE, SIDE, 3, float(quality), "")
-    tiles = networks.side_information(z_hat, quality).tiles(header.tiles())
+    side = networks.side_information(z_hat, quality)
+    means, scales = side.means(header.tiles()), side.scales(header.tiles())
     for number, p in enumerate(networks.config.passes):
-        mean, _ = tiles.predict(number, p)
-        tiles.reveal(p, torch.zeros_like(mean), mean)
+        mean = means.predict(number, p)
+        scales.predict(number, p)
+        symbols = torch.zeros_like(mean)
+        means.reveal(p, symbols, mean)
+        scales.reveal(p, symbols)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from PIL import Image
 from rate_distortion import cpu_name
 
 from vaestream import Codec
+from vaestream.codec import Latents
 
 QUALITIES = (10.0, 30.0, 50.0, 70.0, 90.0)
 Pictures = list[NDArray[np.uint8]]
@@ -57,7 +58,7 @@ class Report:
         self.reference = reference
         self.blobs = {q: [reference.encode([p], q)[0] for p in photos] for q in QUALITIES}
         self.pixels = {q: [reference.decode([b])[0] for b in self.blobs[q]] for q in QUALITIES}
-        self.symbols = {q: [reference.decode_symbols(b) for b in self.blobs[q]] for q in QUALITIES}
+        self.symbols = {q: [reference.decode_latents(b) for b in self.blobs[q]] for q in QUALITIES}
         self.wrong = 0
 
     def line(self, name: str, codec: Codec, *, batch: int = 1) -> None:
@@ -70,13 +71,13 @@ class Report:
                 made += codec.encode(self.photos[at : at + batch], q)
                 decoded += codec.decode(self.blobs[q][at : at + batch])
             for i, (ours, theirs) in enumerate(zip(made, self.blobs[q], strict=True)):
-                wrong += _wrong(codec.decode_symbols(theirs), self.symbols[q][i])
+                wrong += _wrong(codec.decode_latents(theirs), self.symbols[q][i])
                 expected = self.pixels[q][i]
                 level = max(level, int(np.abs(decoded[i].astype(np.int16) - expected).max()))
                 pixels = decoded[i]
                 if ours != theirs:
                     differing += 1
-                    wrong += _wrong(codec.decode_symbols(ours), self.reference.decode_symbols(ours))
+                    wrong += _wrong(codec.decode_latents(ours), self.reference.decode_latents(ours))
                     pixels = codec.decode([ours])[0]
                 loss.append(psnr(self.photos[i], pixels) - psnr(self.photos[i], expected))
         self.wrong += wrong
@@ -87,9 +88,9 @@ class Report:
         )
 
 
-def _wrong(one: list[NDArray[np.int32]], other: list[NDArray[np.int32]]) -> int:
-    pairs = zip(one, other, strict=True)
-    return sum(int(np.count_nonzero(a != b)) for a, b in pairs)
+def _wrong(one: Latents, other: Latents) -> int:
+    pairs = ((one.z_hat, other.z_hat), (one.symbols, other.symbols))
+    return sum(int((a.cpu() != b.cpu()).sum()) for a, b in pairs)
 
 
 def main() -> None:

@@ -3,9 +3,10 @@
 import hashlib
 import io
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -100,15 +101,20 @@ def byte_rows(count: int, *, size: int = 4000, seed: int = 0, prefix: str = "k")
 
 
 def commit(
-    url: str, parts: dict[str, Sequence[Row]], *, row_group_bytes: int = 96 << 20
+    url: str,
+    parts: Mapping[str, Sequence[Row]],
+    *,
+    row_group_bytes: int = 96 << 20,
+    model: bytes = MODEL,
+    storage_options: dict[str, Any] | None = None,
 ) -> list[PartInfo]:
     """A whole archive, the way a job writes one."""
-    fs, root = fsspec.core.url_to_fs(url)
+    fs, root = fsspec.core.url_to_fs(url, **(storage_options or {}))
     infos = [
         write_part(fs, root, part_id, rows, row_group_bytes=row_group_bytes)
         for part_id, rows in parts.items()
     ]
-    model_id = write_model(fs, root, MODEL)
+    model_id = write_model(fs, root, model)
     index_sha256 = build_index(fs, root, [info.name for info in infos])
     write_manifest(
         fs,

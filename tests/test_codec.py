@@ -1,6 +1,9 @@
 """What a user of the codec relies on."""
 
+import dataclasses
+import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -302,3 +305,39 @@ def test_the_shipped_model_beats_jpeg_on_a_photo() -> None:
 
 def test_errors_share_a_base() -> None:
     assert issubclass(BitstreamError, VaestreamError) and issubclass(WeightsError, VaestreamError)
+
+
+@pytest.mark.parametrize("shape", [(100, 75, 3), (700, 530)])
+@pytest.mark.parametrize("view", [{}, {"region": (9, 20, 60, 50)}, {"max_size": 30}])
+def test_the_two_halves_of_decoding_are_the_whole(
+    codec: Codec, shape: tuple[int, ...], view: dict[str, Any]
+) -> None:
+    """With a pickle between them, and in different precisions and threads."""
+    image = photo_like(shape[0], shape[1], channels=3 if len(shape) == 3 else 1)
+    (blob,) = codec.encode([image], 80)
+    elsewhere = Codec(codec.weights, torch.device("cpu"), torch.bfloat16)
+    latents = pickle.loads(pickle.dumps(elsewhere.decode_latents(blob, **view)))
+    assert latents.symbols.dtype == latents.z_hat.dtype == torch.int16
+    (expected,) = codec.decode([blob], **view)
+    assert np.array_equal(codec.synthesise(latents), expected)
+    rendered = codec.render(latents)
+    assert torch.equal(rendered, torch.from_numpy(expected)) and not rendered.is_inference()
+
+
+def test_latents_beyond_16_bits_keep_their_values(codec: Codec) -> None:
+    """No photo has them; what a bitstream may hold must still decode to itself."""
+    blocks = np.random.default_rng(0).integers(0, 2, (4, 40), np.uint8) * 255
+    (blob,) = codec.encode([blocks.repeat(16, axis=0).repeat(16, axis=1)], 100)
+    expected = codec.decode_latents(blob).symbols
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vaestream.codec.codec._INT16", np.iinfo(np.int8))
+        wide = codec.decode_latents(blob).symbols
+    assert expected.dtype == torch.int16 and wide.dtype == torch.int32
+    assert expected.abs().max() > 127 and torch.equal(wide, expected.int())
+
+
+def test_latents_of_another_model_are_refused(codec: Codec) -> None:
+    latents = codec.decode_latents(codec.encode([photo_like(30, 30)])[0])
+    header = dataclasses.replace(latents.header, model_id_prefix="0" * 16)
+    with pytest.raises(ModelMismatchError, match="written with model 0000"):
+        codec.synthesise(dataclasses.replace(latents, header=header))

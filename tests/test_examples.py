@@ -47,7 +47,12 @@ def test_read_archive(archive: Path) -> None:
 
 
 def test_torch_dataloader(archive: Path) -> None:
-    assert "(3, 3, 224, 224)" in run("torch_dataloader.py", archive)
+    told = run("torch_dataloader.py", archive).splitlines()
+    assert [line.split(")")[0] for line in told] == [
+        "(2, 3, 224, 224",
+        "going on in epoch 0 after 2 photos",
+        "(1, 3, 224, 224",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ home = pathlib.Path(vaestream.__file__).parent
 assert home.is_relative_to(sys.prefix), home
 assert (home / "py.typed").is_file()
 assert not (home / "connectors").is_symlink()
-assert pathlib.Path(connector.__file__).parent == home / "connectors"
+assert pathlib.Path(connector.__file__).parent == home / "connectors" / "torch"
 assert importlib.metadata.version("vaestream") == vaestream.__version__
 codec = vaestream.Codec.load(device="cpu")
 image = np.full((40, 50, 3), 99, np.uint8)
@@ -42,7 +42,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_weights_connectors_templates_types_and_licences(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "vaestream/py.typed" in names
-    assert "vaestream/connectors/torch.py" in names
+    assert "vaestream/connectors/torch/loader.py" in names
     assert "vaestream/pipeline/report.html.jinja" in names
     assert [name for name in names if name.startswith("vaestream/codec/weights/")]
     for licence in ("LICENSE", "LICENSE-WEIGHTS"):

@@ -185,6 +185,12 @@ class Archive:
         )
         return chosen
 
+    def to(self, device: str) -> "Archive":
+        """The same archive, decoding on another device; nothing is read again but the model."""
+        other = copy(self)
+        other.device = device
+        return other
+
     # --- bytes -------------------------------------------------------------------------------
 
     def blob(self, key: str) -> bytes:
@@ -260,6 +266,13 @@ class Archive:
             if at not in pixels:
                 pixels[at] = _seen(self._source_pixels(at, blobs[at]), region, max_size)
         return [pixels[at] for at in places]
+
+    def source_pixels(self, key: str, data: bytes) -> npt.NDArray[np.uint8]:
+        """What `read` gives for a row that keeps its source, from the bytes that `blob` gives.
+
+        Raises ArchiveError when there is no such key, or Pillow cannot open the source.
+        """
+        return self._source_pixels(self._at(key), data)
 
     @property
     def codec(self) -> "Codec":

@@ -24,8 +24,8 @@ from .bitstream import (
     pack,
     unpack,
 )
-from .config import HYPER_STRIDE, Z_LIMIT
-from .networks import Networks, SideInformation, TilePrior, best_dtype, cut
+from .config import HYPER_STRIDE, Z_LIMIT, CodingPass
+from .networks import MeanPrior, Networks, ScalePrior, SideInformation, best_dtype, cut
 from .rate_control import rounding_offsets, sample_patches, solve_quality
 from .refinement import refine
 from .streams import TileDecoder, TileEncoder, decode_z, encode_z
@@ -41,6 +41,7 @@ MAX_PIXELS = 1 << 29
 _SEARCH_QUALITY = 50.0
 _RATE_TOLERANCE = 0.02
 _PSNR_TOLERANCE = 0.05
+_INT16 = np.iinfo(np.int16)
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -59,13 +60,16 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Latents:
-    """What a bitstream says of a picture, or of a view of it, before the synthesis. Pickles.
+    """The integers of a bitstream, or of what a view needs of it: equal on every device. Pickles.
 
-    y_hat: (rows, columns, channels) float32, the gain removed. rectangle: where it lies in the
-    picture's grid of latents. header: the bitstream's. view: what is to be shown.
+    z_hat: (hyper, H/64, W/64) int16, the hyper-latents of the whole picture. symbols: (rows,
+    columns, channels) int16, or int32 where one needs it: the latents y in steps from their means.
+    rectangle: where they lie in the picture's grid of latents. header: the bitstream's. view: what
+    is to be shown.
     """
 
-    y_hat: Tensor
+    z_hat: Tensor
+    symbols: Tensor
     rectangle: Rectangle
     header: Header
     view: View
@@ -199,14 +203,9 @@ class Codec:
         Raises ModelMismatchError if other weights are needed, BitstreamError if a blob is damaged
         or too large, ValueError if a picture does not have the region.
         """
-        return [
-            self.synthesise(
-                self.decode_latents(blob, region=region, max_size=max_size, max_pixels=max_pixels)
-            )
-            for blob in blobs
-        ]
+        return [self._decode_one(blob, region, max_size, max_pixels) for blob in blobs]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode_latents(
         self,
         blob: bytes,
@@ -217,7 +216,8 @@ class Codec:
     ) -> Latents:
         """The first half of `decode`, entropy decoding: what `synthesise` makes a picture of.
 
-        For the two halves in different processes, the second with a GPU. Raises as `decode` does.
+        For the two halves in different processes, the second with a GPU: the latents are the same
+        wherever they are decoded. Raises as `decode` does.
         """
         with torch.autocast(self.device.type, enabled=False):
             stream = self._open(blob)
@@ -229,38 +229,91 @@ class Codec:
                     f"{pixels} pixels of a picture of {header.width}x{header.height} are more than "
                     f"max_pixels = {max_pixels}"
                 )
-            passes = view.passes(config.passes)
-            channels = config.passes[passes - 1].stop
-            wanted = view.latents(*header.latent_size, halo=config.synthesis_radius)
-            tiles = {n: t for n, t in enumerate(header.tiles()) if _overlap(t, wanted)}
-            top, left, bottom, right = _hull(tiles.values())
-            y_hat = torch.empty((bottom - top, right - left, channels), device=self.device)
-            q = self.networks.quality(header.quality)
-            gain = self.networks.gain(q)[:channels]
-            side = self._side_information(self._z_hat(stream), q, (top, left, bottom, right))
+            passes = config.passes[: view.passes(config.passes)]
+            tiles = _overlapping(header, self._wanted(header, view))
+            top, left, bottom, right = rectangle = _hull(tiles.values())
+            shape = (bottom - top, right - left, passes[-1].stop)
+            symbols = torch.empty(shape, dtype=torch.int16, device=self.device)
+            z_hat = self._z_hat(stream)
+            side = self._side_information(z_hat, header, rectangle)
             for numbers, rectangles in _batches(tiles):
-                prior = side.tiles(rectangles)
-                self._decode_tiles([stream.tiles[n] for n in numbers], prior, passes)
-                _paste(y_hat, rectangles, prior.y_hat(channels), gain, top, left)
-            y_hat = y_hat[wanted[0] - top : wanted[2] - top, wanted[1] - left : wanted[3] - left]
-            return Latents(y_hat, wanted, header, view)
+                streams = [stream.tiles[n] for n in numbers]
+                found = self._decode_tiles(streams, side.scales(rectangles), passes)
+                if found.dtype != symbols.dtype:
+                    symbols = symbols.to(torch.int32)
+                for (y, x, y_end, x_end), tile in zip(rectangles, found, strict=True):
+                    symbols[y - top : y_end - top, x - left : x_end - left] = tile
+            return Latents(z_hat, symbols, rectangle, header, view)
+
+    def synthesise(self, latents: Latents) -> NDArray[np.uint8]:
+        """The second half of `decode`: a uint8 picture, (H, W, 3) or (H, W).
+
+        Raises ModelMismatchError if other weights are needed.
+        """
+        pixels: NDArray[np.uint8] = self.render(latents).cpu().numpy()
+        return pixels
+
+    @torch.no_grad()
+    def render(self, latents: Latents) -> Tensor:
+        """`synthesise`, with the pixels left on the codec's device."""
+        self._check_model(latents.header)
+        with torch.autocast(self.device.type, enabled=False):
+            return self._render(self._y_hat(latents), latents.header, latents.view)
 
     @torch.inference_mode()
-    def synthesise(self, latents: Latents) -> NDArray[np.uint8]:
-        """The second half of `decode`: a uint8 picture, (H, W, 3) or (H, W)."""
+    def _decode_one(
+        self, blob: bytes, region: Region | None, max_size: int | None, max_pixels: int | None
+    ) -> NDArray[np.uint8]:
+        latents = self.decode_latents(blob, region=region, max_size=max_size, max_pixels=max_pixels)
         with torch.autocast(self.device.type, enabled=False):
-            header, view = latents.header, latents.view
-            y_hat = latents.y_hat.to(self.device)
-            top, left, bottom, right = (STRIDE * at for at in latents.rectangle)
-            if view.shrink == 1:
-                height, width = min(bottom, header.height) - top, min(right, header.width) - left
-                quality = self.networks.quality(header.quality)
-                pixels = self.networks.synthesise(y_hat, quality, height, width)
-            else:
-                pixels = self.networks.synthesise_reduced(y_hat, view.shrink)
-            if header.channels == 1:
-                pixels = _to_gray(pixels)
-            return view.show(pixels.cpu().numpy(), top, left)
+            y_hat, header, view = self._y_hat(latents), latents.header, latents.view
+            # The synthesis is where memory is scarce.
+            del latents
+            pixels: NDArray[np.uint8] = self._render(y_hat, header, view).cpu().numpy()
+        return pixels
+
+    def _wanted(self, header: Header, view: View) -> Rectangle:
+        """The latents that a view follows from."""
+        return view.latents(*header.latent_size, halo=self.networks.config.synthesis_radius)
+
+    def _y_hat(self, latents: Latents) -> Tensor:
+        """The latents that the view follows from, (rows, columns, channels) float32, the gain
+        removed."""
+        header = latents.header
+        top, left = latents.rectangle[:2]
+        symbols, z_hat = (t.to(self.device) for t in (latents.symbols, latents.z_hat))
+        channels = symbols.shape[2]
+        passes = [p for p in self.networks.config.passes if p.stop <= channels]
+        gain = self.networks.gain(self.networks.quality(header.quality))[:channels]
+        side = self._side_information(z_hat, header, latents.rectangle)
+        wanted = self._wanted(header, latents.view)
+        y_hat = torch.empty(symbols.shape, device=self.device)
+        for _, rectangles in _batches(_overlapping(header, wanted)):
+            places = [
+                (y - top, x - left, end - top, right - left) for y, x, end, right in rectangles
+            ]
+            revealed, means = cut(symbols, places), side.means(rectangles)
+            for number, p in enumerate(passes):
+                means.reveal(p, revealed[..., p.start : p.stop], means.predict(number, p))
+            _paste(y_hat, places, means.y_hat(channels), gain)
+        return y_hat[wanted[0] - top : wanted[2] - top, wanted[1] - left : wanted[3] - left]
+
+    def _render(self, y_hat: Tensor, header: Header, view: View) -> Tensor:
+        """The view, (H, W, 3) or (H, W) uint8."""
+        top, left, bottom, right = (STRIDE * at for at in self._wanted(header, view))
+        if view.shrink == 1:
+            height, width = min(bottom, header.height) - top, min(right, header.width) - left
+            quality = self.networks.quality(header.quality)
+            pixels = self.networks.synthesise(y_hat, quality, height, width)
+        else:
+            pixels = self.networks.synthesise_reduced(y_hat, view.shrink)
+        if header.channels == 1:
+            pixels = _to_gray(pixels)
+        x, y, width, height = view.region
+        if view.shrink == 1 and view.size == (width, height):
+            return pixels[y - top : y - top + height, x - left : x - left + width].contiguous()
+        shown = view.show(pixels.cpu().numpy(), top, left)
+        return torch.from_numpy(np.require(shown, requirements="W")).to(self.device)
 
     @torch.inference_mode()
     def count_symbols(self, image: NDArray[np.uint8], quality: float) -> list[NDArray[np.int64]]:
@@ -277,8 +330,8 @@ class Codec:
             side = self.networks.side_information(self.networks.hyper_analyse(y), q)
             counts = [np.zeros(len(t.counts), np.int64) for t in self._y_tables]
             for _, rectangles in _batches(dict(enumerate(header.tiles()))):
-                prior = side.tiles(rectangles)
-                for symbols, index in self._quantise(cut(y, rectangles), prior):
+                means, scales = side.means(rectangles), side.scales(rectangles)
+                for symbols, index in self._quantise(cut(y, rectangles), means, scales):
                     flat, number = symbols.ravel(), index.ravel()
                     for i in np.unique(number):
                         table = self._y_tables[i]
@@ -382,15 +435,15 @@ class Codec:
         z_stream = encode_z(z_hat[0].cpu().numpy(), self._tables_of_z(quality))
         streams = [b""] * header.num_tiles
         for numbers, rectangles in _batches(dict(enumerate(header.tiles()))):
-            prior = side.tiles(rectangles)
+            means, scales = side.means(rectangles), side.scales(rectangles)
             encoders = [TileEncoder(self._y_tables) for _ in numbers]
-            for symbols, index in self._quantise(cut(y, rectangles), prior):
+            for symbols, index in self._quantise(cut(y, rectangles), means, scales):
                 for i, encoder in enumerate(encoders):
                     encoder.add(symbols[i], index[i])
             for number, encoder in zip(numbers, encoders, strict=True):
                 streams[number] = encoder.finish()
             if measure:
-                _paste(y, rectangles, prior.y_hat(self.networks.config.latent), gain)
+                _paste(y, rectangles, means.y_hat(self.networks.config.latent), gain)
         psnr = None
         if measure:
             decoded = self.networks.synthesise(y, q, height, width)
@@ -399,19 +452,20 @@ class Codec:
         return Encoded(pack(header, z_stream, streams), quality, psnr)
 
     def _quantise(
-        self, y: Tensor, prior: TilePrior
+        self, y: Tensor, means: MeanPrior, scales: ScalePrior
     ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.uint8]]]:
         """Symbols and table indices of tiles of scaled latents, pass by pass: (tiles, symbols).
 
         Symbols are rounded with a dead zone that is wider where leaving zero is dearer.
         """
         for number, p in enumerate(self.networks.config.passes):
-            mean, index = prior.predict(number, p)
+            mean, index = means.predict(number, p), scales.predict(number, p)
             residual = y[..., p.start : p.stop] - mean
             magnitude = residual.abs().add_(self._rounding[index.int()]).floor_()
             symbols = torch.copysign(magnitude, residual, out=magnitude)
-            prior.reveal(p, symbols, mean)
-            mask = prior.mask(p)
+            means.reveal(p, symbols, mean)
+            scales.reveal(p, symbols)
+            mask = scales.mask(p)
             if mask is not None:
                 symbols, index = symbols[:, mask], index[:, mask]
             yield (
@@ -419,70 +473,61 @@ class Codec:
                 index.flatten(1).cpu().numpy(),
             )
 
-    @torch.inference_mode()
-    def decode_symbols(self, blob: bytes) -> list[NDArray[np.int32]]:
-        """The integers of a bitstream, exact on every device: z_hat, then each pass over tiles.
-
-        For comparing devices and settings; raises what `decode` raises.
-        """
-        with torch.autocast(self.device.type, enabled=False):
-            stream = self._open(blob)
-            found = [z_hat := self._z_hat(stream)]
-            side = self._side_information(z_hat, self.networks.quality(stream.header.quality))
-            passes = len(self.networks.config.passes)
-            for numbers, rectangles in _batches(dict(enumerate(stream.header.tiles()))):
-                data = [stream.tiles[n] for n in numbers]
-                found += self._decode_tiles(data, side.tiles(rectangles), passes)
-            return found
-
     def _open(self, blob: bytes) -> Bitstream:
         """A bitstream of this model. Raises what `decode` raises."""
         stream = unpack(blob)
-        header = stream.header
+        self._check_model(stream.header)
+        return stream
+
+    def _check_model(self, header: Header) -> None:
         if not self.model_id.startswith(header.model_id_prefix):
             raise ModelMismatchError(
                 f"written with model {header.model_id_prefix}, but the one at hand is "
                 f"{self.model_id[: 2 * MODEL_ID_BYTES]}: load the codec with that model's weights "
                 f"(an archive keeps its own under models/)"
             )
-        return stream
 
-    def _z_hat(self, stream: Bitstream) -> NDArray[np.int32]:
-        """(hyper, rows, columns), checked."""
+    def _z_hat(self, stream: Bitstream) -> Tensor:
+        """(hyper, rows, columns) int16, checked."""
         header = stream.header
         rows, columns = (-(-side // HYPER_STRIDE) for side in (header.height, header.width))
         z_hat = decode_z(stream.z, self._tables_of_z(header.quality), rows, columns)
         if z_hat.min() < -Z_LIMIT or z_hat.max() > Z_LIMIT:
             raise BitstreamError(f"hyper-latents beyond {Z_LIMIT}")
-        return z_hat
+        return torch.from_numpy(z_hat.astype(np.int16)).to(self.device)
 
     def _side_information(
-        self, z_hat: NDArray[np.int32], quality: Tensor, within: Rectangle | None = None
+        self, z_hat: Tensor, header: Header, within: Rectangle
     ) -> SideInformation:
         return self.networks.side_information(
-            torch.from_numpy(z_hat)[None].to(self.device), quality, within
+            z_hat[None], self.networks.quality(header.quality), within
         )
 
     def _decode_tiles(
-        self, streams: Sequence[bytes], prior: TilePrior, passes: int
-    ) -> list[NDArray[np.int32]]:
-        """Decode the first passes of tiles of one shape into their prior; returns their symbols."""
+        self, streams: Sequence[bytes], prior: ScalePrior, passes: Sequence[CodingPass]
+    ) -> Tensor:
+        """The symbols of the first passes of tiles of one shape: (tiles, h, w, channels) int16, or
+        int32 where one needs it."""
         decoders = [TileDecoder(data, self._y_tables) for data in streams]
-        found = []
-        for number, p in enumerate(self.networks.config.passes[:passes]):
-            mean, index = prior.predict(number, p)
+        found: Tensor | None = None
+        for number, p in enumerate(passes):
+            index = prior.predict(number, p)
             mask = prior.mask(p)
             coded = (index if mask is None else index[:, mask]).flatten(1).cpu().numpy()
             flat = np.stack([d.take(i) for d, i in zip(decoders, coded, strict=True)])
-            symbols = torch.from_numpy(flat).to(self.device).float()
+            symbols = torch.from_numpy(flat).to(self.device)
+            if found is None:
+                shape = (*index.shape[:3], passes[-1].stop)
+                found = torch.empty(shape, dtype=torch.int16, device=self.device)
+            if flat.max(initial=0) > _INT16.max or flat.min(initial=0) < _INT16.min:
+                found = found.to(torch.int32)
+            own = found[..., p.start : p.stop]
             if mask is None:
-                symbols = symbols.view(mean.shape)
+                own.copy_(symbols.view(index.shape))
             else:
-                everywhere = torch.zeros_like(mean)
-                everywhere[:, mask] = symbols.view(len(flat), -1, mean.shape[3])
-                symbols = everywhere
-            prior.reveal(p, symbols, mean)
-            found.append(flat)
+                own[:, mask] = symbols.view(len(flat), -1, index.shape[3]).to(found.dtype)
+            prior.reveal(p, own)
+        assert found is not None
         return found
 
     def _tables_of_z(self, quality: float) -> Any:
@@ -511,19 +556,15 @@ def _batches(
             yield chosen, [tiles[n] for n in chosen]
 
 
-def _paste(
-    y: Tensor,
-    rectangles: Sequence[Rectangle],
-    tiles: Tensor,
-    gain: Tensor,
-    y_top: int = 0,
-    y_left: int = 0,
-) -> None:
-    """Write tiles of scaled latents, with the gain removed, into y (rows, columns, channels), which
-    begins at (y_top, y_left) of the picture's."""
+def _paste(y: Tensor, rectangles: Sequence[Rectangle], tiles: Tensor, gain: Tensor) -> None:
+    """Write tiles of scaled latents, with the gain removed, into y (rows, columns, channels)."""
     for (top, left, bottom, right), tile in zip(rectangles, tiles, strict=True):
-        place = y[top - y_top : bottom - y_top, left - y_left : right - y_left]
-        torch.div(tile, gain, out=place)
+        torch.div(tile, gain, out=y[top:bottom, left:right])
+
+
+def _overlapping(header: Header, wanted: Rectangle) -> dict[int, Rectangle]:
+    """The tiles, by number, that hold some of the latents that are wanted."""
+    return {n: tile for n, tile in enumerate(header.tiles()) if _overlap(tile, wanted)}
 
 
 def _overlap(a: Rectangle, b: Rectangle) -> bool:

@@ -6,6 +6,7 @@ give the same last bits for different batch sizes).
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,7 +27,10 @@ _FINISH_POSITIONS = 512
 
 
 class SideInformation:
-    """What z_hat says about y, for the whole picture or for a rectangle of latents in it."""
+    """What z_hat says about y, for the whole picture or for a rectangle of latents in it.
+
+    Its two halves are apart, because entropy decoding needs the scales alone.
+    """
 
     def __init__(
         self,
@@ -42,61 +46,105 @@ class SideInformation:
             bottom, right = (-(-at // _LATENTS_PER_Z) + _Z_HALO for at in within[2:])
             z_hat = z_hat[:, :, top:bottom, left:right]
             self._top, self._left = top * _LATENTS_PER_Z, left * _LATENTS_PER_Z
-        mean = networks.model.h_s_mean.features(z_hat.float(), quality)
-        self._mean = mean[0].permute(1, 2, 0)
-        self._scale = networks.exact.features(z_hat)
+        self._z_hat = z_hat
+        self._quality = quality
 
-    def tiles(self, rectangles: Sequence[Rectangle]) -> "TilePrior":
-        """The prior of the symbols in some tiles of one shape."""
-        places = [
+    @cached_property
+    def _mean(self) -> Tensor:
+        features = self._networks.model.h_s_mean.features(self._z_hat.float(), self._quality)
+        mean: Tensor = features[0].permute(1, 2, 0)
+        return mean
+
+    @cached_property
+    def _scale(self) -> Tensor:
+        return self._networks.exact.features(self._z_hat)
+
+    def means(self, rectangles: Sequence[Rectangle]) -> "MeanPrior":
+        """The means of the symbols in some tiles of one shape."""
+        return MeanPrior(self._networks, cut(self._mean, self._places(rectangles)))
+
+    def scales(self, rectangles: Sequence[Rectangle]) -> "ScalePrior":
+        """The table indices of the symbols in some tiles of one shape."""
+        return ScalePrior(self._networks, cut(self._scale, self._places(rectangles)))
+
+    def _places(self, rectangles: Sequence[Rectangle]) -> list[Rectangle]:
+        return [
             (top - self._top, left - self._left, bottom - self._top, right - self._left)
             for top, left, bottom, right in rectangles
         ]
-        return TilePrior(self._networks, cut(self._mean, places), cut(self._scale, places))
 
 
-class TilePrior:
-    """Mean and table index of the symbols of tiles, pass by pass, as they become known.
+class _TilePrior:
+    """One half of the prior of the symbols of tiles, pass by pass, as they become known.
 
     For every pass in `ModelConfig.passes`, in order: `predict`, then `reveal`. A tile knows nothing
     of its neighbours, so that each can be decoded alone; tiles of one shape are computed together
     because that is faster. All tensors are (tiles, h, w, channels).
     """
 
-    def __init__(self, networks: "Networks", mean_features: Tensor, scale_features: Tensor) -> None:
-        """Features: mean_width channels float32 and scale_width channels uint8."""
-        self._exact = networks.exact
-        self._contexts = networks.mean_contexts
-        project = networks.model.h_s_mean.project
-        self._mean = F.linear(mean_features, project.weight[:, :, 0, 0], project.bias)
-        self._features = scale_features
-        passes = networks.config.passes
-        _, height, width, _ = self._mean.shape
+    def __init__(self, networks: "Networks", features: Tensor) -> None:
+        _, height, width, _ = features.shape
         self._masks: dict[int | None, Tensor | None] = {
-            p.parity: p.mask(height, width, self._mean.device) for p in passes
+            p.parity: p.mask(height, width, features.device) for p in networks.config.passes
         }
-        self._residual = torch.empty_like(self._mean)
-        # The last group's symbols are context to none.
-        known = max(p.known for p in passes)
-        self._symbols = self._mean.new_zeros((*self._mean.shape[:3], known))
 
     def mask(self, p: CodingPass) -> Tensor | None:
         """(h, w) bool, True where the pass codes; None where it codes everywhere."""
         return self._masks[p.parity]
 
-    def predict(self, number: int, p: CodingPass) -> tuple[Tensor, Tensor]:
-        """Mean and table index of a pass: float32 and uint8."""
+
+class ScalePrior(_TilePrior):
+    """The table index of each symbol, in integers alone: all that entropy coding needs to know."""
+
+    def __init__(self, networks: "Networks", features: Tensor) -> None:
+        """features: scale_width channels, uint8."""
+        super().__init__(networks, features)
+        self._exact = networks.exact
+        self._features = features
+        # The last group's symbols are context to none.
+        known = max(p.known for p in networks.config.passes)
+        shape = (*features.shape[:3], known)
+        self._symbols = torch.zeros(shape, dtype=torch.float32, device=features.device)
+
+    def predict(self, number: int, p: CodingPass) -> Tensor:
+        """Table index of a pass, uint8."""
+        if not p.known:
+            return self._exact.indices(number, self._features)
+        return self._exact.indices(number, self._features, self._symbols[..., : p.known])
+
+    def reveal(self, p: CodingPass, symbols: Tensor) -> None:
+        """Take in the symbols of a pass, integers in any dtype; others than its own don't count."""
+        if p.stop > self._symbols.shape[3]:
+            return
+        known = self._symbols[..., p.start : p.stop]
+        mask = self.mask(p)
+        known.copy_(symbols if mask is None else torch.where(mask[:, :, None], symbols, known))
+
+
+class MeanPrior(_TilePrior):
+    """The mean of each symbol, and what the symbols stand for."""
+
+    def __init__(self, networks: "Networks", features: Tensor) -> None:
+        """features: mean_width channels, float32."""
+        super().__init__(networks, features)
+        self._contexts = networks.mean_contexts
+        project = networks.model.h_s_mean.project
+        self._mean = F.linear(features, project.weight[:, :, 0, 0], project.bias)
+        self._residual = torch.empty_like(self._mean)
+
+    def predict(self, number: int, p: CodingPass) -> Tensor:
+        """Mean of a pass, float32."""
         mean = self._mean[..., p.start : p.stop]
         if not p.known:
-            return mean, self._exact.indices(number, self._features)
+            return mean
         mix, out = self._contexts[number]
         residual = self._residual[..., : p.known].permute(0, 3, 1, 2)
         hidden = F.conv2d(residual, mix, padding=1).permute(0, 2, 3, 1)
-        symbols = self._symbols[..., : p.known]
-        return mean + F.linear(hidden, out), self._exact.indices(number, self._features, symbols)
+        return mean + F.linear(hidden, out)
 
     def reveal(self, p: CodingPass, symbols: Tensor, mean: Tensor) -> None:
-        """Take in the symbols of a pass, float32, and the mean it was given."""
+        """Take in the symbols of a pass, in any dtype, and the mean it was given; symbols at other
+        places than its own don't count."""
         part = slice(p.start, p.stop)
         decoded = symbols + (mean - self._mean[..., part])
         mask = self.mask(p)
@@ -104,10 +152,7 @@ class TilePrior:
             if p.parity == 0:
                 self._residual[..., part] = 0
             decoded = torch.where(mask[:, :, None], decoded, self._residual[..., part])
-            symbols = torch.where(mask[:, :, None], symbols, self._symbols[..., part])
         self._residual[..., part] = decoded
-        if p.stop <= self._symbols.shape[3]:
-            self._symbols[..., part] = symbols
 
     def y_hat(self, channels: int) -> Tensor:
         """The reconstruction in steps, float32, of the first channels, once they are revealed."""
@@ -193,7 +238,7 @@ class Networks:
     def side_information(
         self, z_hat: Tensor, quality: Tensor, within: Rectangle | None = None
     ) -> SideInformation:
-        """Mean and scale from z_hat, (1, hyper, h, w) int32; `within` a rectangle of latents."""
+        """From z_hat, (1, hyper, h, w) integers, for all latents or a rectangle of them."""
         return SideInformation(self, z_hat, quality, within)
 
     def synthesise(self, y_hat: Tensor, quality: Tensor, height: int, width: int) -> Tensor:

@@ -189,6 +189,22 @@ def test_columns_make_items_dicts(archive: Archive) -> None:
         ArchiveDataset(archive, columns=["colour"])
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_less_than_a_photo_is_decoded(archive: Archive, num_workers: int) -> None:
+    for view in ({"max_size": 24}, {"region": (3, 5, 20, 10)}):
+        dataset = ArchiveDataset(archive, columns=["key"], **view)
+        loader = ArchiveLoader(
+            dataset, batch_size=4, num_workers=num_workers, multiprocessing_context="fork"
+        )
+        for batch in loader:
+            for item in batch:
+                (array,) = archive.read([item["key"]], **view)
+                colour = array if array.ndim == 3 else np.repeat(array[..., None], 3, 2)
+                assert np.array_equal(item["image"].permute(1, 2, 0).numpy(), colour)
+    outside = ArchiveDataset(archive, region=(5000, 0, 8, 8), on_error="skip")
+    assert list(ArchiveLoader(outside, batch_size=4)) == []
+
+
 def test_a_transform_sees_the_image_and_collate_the_items(archive: Archive) -> None:
     dataset = ArchiveDataset(archive, columns=["width"], transform=lambda image: image.shape[2])
     loader = ArchiveLoader(dataset, 6, collate_fn=lambda items: [i["image"] for i in items])

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vaestream.archive.reader import Archive, open_archive
+from vaestream.codec.view import Region
 from vaestream.errors import VaestreamError
 
 from .cache import BlobCache
@@ -31,6 +32,9 @@ class ArchiveDataset(Dataset[Any]):
     columns: fields of `RowInfo` ("key", "width", "psnr", ...). With them, even with an empty list,
         an item is a dict of "image" and the columns. Those that the index has are free; for others
         a row group's small columns are read.
+    region, max_size: the part of each photo to decode, and the size to shrink it to, in pixels
+        (`Archive.read`): less work than a crop or a resize of the whole. A photo that does not have
+        the region is a broken one.
     transform: from the image's tensor to anything; picklable where a DataLoader spawns workers.
     on_error: what becomes of a photo that is damaged, or kept as a source that does not open.
         "raise" raises; "skip" leaves it out, so that a batch has fewer items; a function of its
@@ -54,6 +58,8 @@ class ArchiveDataset(Dataset[Any]):
         *,
         keys: Sequence[str] | None = None,
         columns: Sequence[str] | None = None,
+        region: Region | None = None,
+        max_size: int | None = None,
         transform: Callable[[Tensor], Any] | None = None,
         on_error: OnError = "raise",
         cache: BlobCache | None = None,
@@ -69,7 +75,13 @@ class ArchiveDataset(Dataset[Any]):
         self.transform = transform
         self.on_error = on_error
         self.reader = PhotoReader(
-            archive, keys, columns=columns or (), cache=cache, block_size=block_size
+            archive,
+            keys,
+            columns=columns or (),
+            region=region,
+            max_size=max_size,
+            cache=cache,
+            block_size=block_size,
         )
 
     @property

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -14,12 +14,18 @@ from torch import Tensor
 from vaestream.archive.reader import Archive
 from vaestream.archive.schema import RowInfo
 from vaestream.codec import Latents
+from vaestream.codec.view import Region
 from vaestream.errors import ArchiveError, DamagedArchiveError, VaestreamError
 
 from .cache import BlobCache
 from .order import Blocks
 
 _FROM_INDEX = ("key", "codec", "width", "height", "num_bytes", "sha256", "error")
+
+
+class _View(TypedDict):
+    region: Region | None
+    max_size: int | None
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,8 @@ class PhotoReader:
     """Reads and entropy-decodes photos of an archive. Pickles, and works in any process.
 
     keys: of the photos, in the order of their positions; None for all that are photos. columns:
-    fields of `RowInfo` to give beside each. cache: where blobs are kept. block_size: see `blocks`.
+    fields of `RowInfo` to give beside each. region, max_size: see `Archive.read`. cache: where
+    blobs are kept. block_size: see `blocks`.
 
     Raises ArchiveError for a key that is not there, ValueError for a column that is not there.
     """
@@ -50,6 +57,8 @@ class PhotoReader:
         keys: Sequence[str] | None,
         *,
         columns: Sequence[str],
+        region: Region | None,
+        max_size: int | None,
         cache: BlobCache | None,
         block_size: int,
     ) -> None:
@@ -60,6 +69,7 @@ class PhotoReader:
             raise ValueError(f"no column {unknown[0]!r}: there are {', '.join(known)}")
         self.archive = archive
         self.columns = tuple(columns)
+        self._view = _View(region=region, max_size=max_size)
         self.cache = cache
         self.block_size = block_size
         self._rows = _select(archive, keys)
@@ -183,10 +193,14 @@ class PhotoReader:
         return Coded(row["key"], content, columns)
 
     def _content(self, row: dict[str, Any], blob: bytes) -> Latents | Tensor:
-        if row["codec"] == "vae":
-            # Without a limit: these are the bytes that were committed.
-            return self.archive.codec.decode_latents(blob, max_pixels=None)
-        pixels = self.archive.source_pixels(row["key"], blob)
+        key, view = row["key"], self._view
+        try:
+            if row["codec"] == "vae":
+                # Without a limit: these are the bytes that were committed.
+                return self.archive.codec.decode_latents(blob, max_pixels=None, **view)
+            pixels = self.archive.source_pixels(key, blob, **view)
+        except ValueError as error:
+            raise ArchiveError(f"{key}: {error}") from error
         return torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
 
 

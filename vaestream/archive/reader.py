@@ -267,12 +267,20 @@ class Archive:
                 pixels[at] = _seen(self._source_pixels(at, blobs[at]), region, max_size)
         return [pixels[at] for at in places]
 
-    def source_pixels(self, key: str, data: bytes) -> npt.NDArray[np.uint8]:
+    def source_pixels(
+        self,
+        key: str,
+        data: bytes,
+        *,
+        region: "Region | None" = None,
+        max_size: int | None = None,
+    ) -> npt.NDArray[np.uint8]:
         """What `read` gives for a row that keeps its source, from the bytes that `blob` gives.
 
-        Raises ArchiveError when there is no such key, or Pillow cannot open the source.
+        Raises ArchiveError when there is no such key, or Pillow cannot open the source, ValueError
+        when the picture does not have the region.
         """
-        return self._source_pixels(self._at(key), data)
+        return _seen(self._source_pixels(self._at(key), data), region, max_size)
 
     @property
     def codec(self) -> "Codec":

@@ -33,7 +33,8 @@ class PartStats:
     """Sums over the rows of a part; `a + b` are the sums over both.
 
     photos_vae, kept, errors: rows with a bitstream; kept sources; rows with an error (which are
-    not counted as kept). source_bytes, coded_bytes: of the sources and of the blobs of all rows.
+    not counted as kept). source_bytes, coded_bytes: of the sources and of the blobs of all rows but
+    those of objects that could not be read, which are not in the archive.
     vae_source_bytes, vae_coded_bytes, vae_pixels: of the rows with a bitstream alone.
     metadata_bytes: of the EXIF, XMP and ICC payloads. psnr_sum, psnr_count: dB, over the finite
     ones. reasons: number of kept rows by the reason.
@@ -59,7 +60,8 @@ class PartStats:
 
     def add(self, row: Row) -> None:
         """Count one row in."""
-        self.source_bytes += row.source_size
+        if row.data or row.error is None:
+            self.source_bytes += row.source_size
         self.coded_bytes += len(row.data)
         self.metadata_bytes += sum(len(value or b"") for value in (row.exif, row.xmp, row.icc))
         if row.error is not None:

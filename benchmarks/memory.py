@@ -12,8 +12,9 @@ import multiprocessing
 import resource
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from speed import picture
 
 from vaestream import Codec
 
+T = TypeVar("T")
+
 
 def resident() -> float:
     """Megabytes of this process in memory now."""
@@ -29,10 +32,8 @@ def resident() -> float:
     return pages * resource.getpagesize() / 1e6
 
 
-def peak_of(task: str, weights: str | None, data: Any, results: Any) -> None:
-    """Put (peak above the start in MB, seconds, the output) into `results`."""
-    codec = Codec.load(weights, device="cpu")
-    codec.decode(codec.encode([np.zeros((512, 512, 3), np.uint8)]))
+def peak_while(run: Callable[[], T]) -> tuple[float, T]:
+    """Megabytes that this process has at its peak above what it has now, and what `run` gives."""
     start, peak, done = resident(), 0.0, threading.Event()
 
     def watch() -> None:
@@ -42,19 +43,24 @@ def peak_of(task: str, weights: str | None, data: Any, results: Any) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    begin = time.perf_counter()
-    output: Any
-    if task == "encode":
-        output = codec.encode([data], 50)[0]
-    elif task == "encode and measure PSNR":
-        codec.compress(data, quality=50)
-        output = None
-    else:
-        output = codec.decode([data])[0].shape
-    seconds = time.perf_counter() - begin
+    output = run()
     done.set()
     watcher.join()
-    results.put((peak - start, seconds, output))
+    return peak - start, output
+
+
+def peak_of(task: str, weights: str | None, data: Any, results: Any) -> None:
+    """Put (peak above the start in MB, seconds, the output) into `results`."""
+    codec = Codec.load(weights, device="cpu")
+    codec.decode(codec.encode([np.zeros((512, 512, 3), np.uint8)]))
+    tasks: dict[str, Callable[[], Any]] = {
+        "encode": lambda: codec.encode([data], 50)[0],
+        "encode and measure PSNR": lambda: codec.compress(data, quality=50).psnr,
+        "decode": lambda: codec.decode([data])[0].shape,
+    }
+    begin = time.perf_counter()
+    megabytes, output = peak_while(tasks[task])
+    results.put((megabytes, time.perf_counter() - begin, output))
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ means over the photos.
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -20,9 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from memory import peak_while
 from numpy.typing import NDArray
 from PIL import Image
 from rate_distortion import cpu_name
+from speed import picture
 
 from vaestream import Codec, images
 from vaestream.codec.metrics import psnr
@@ -44,15 +45,6 @@ def best(run: Callable[[], object], times: int = 3) -> float:
     return min(seconds)
 
 
-def synthetic() -> Pixels:
-    """A picture with edges and grain everywhere."""
-    rng = np.random.default_rng(0)
-    small = Image.fromarray(rng.integers(0, 256, (HEIGHT // 40, WIDTH // 40, 3), dtype=np.uint8))
-    smooth = np.asarray(small.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), np.int16)
-    grain = rng.integers(-6, 7, (HEIGHT, WIDTH, 1), dtype=np.int16)
-    return (smooth + grain).clip(0, 255).astype(np.uint8)
-
-
 def peak(blob: Path, what: str) -> float:
     """MB that a process of its own needs for a decoding above the loaded model."""
     command = [sys.executable, __file__, "--measure", what, str(blob)]
@@ -64,14 +56,13 @@ def measure(what: str, blob: Path) -> None:
     codec = Codec.load(device="cpu")
     data = blob.read_bytes()
     codec.decode(codec.encode([np.zeros((64, 64, 3), np.uint8)]))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    codec.decode([data], region=REGION if what == "region" else None)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    region = REGION if what == "region" else None
+    print(peak_while(lambda: codec.decode([data], region=region))[0])
 
 
 def large(codec: Codec, quality: float) -> None:
     """Times and memory on one large picture."""
-    blob = codec.encode([synthetic()], quality)[0]
+    blob = codec.encode([picture(None, HEIGHT, WIDTH)], quality)[0]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "blob"
         path.write_bytes(blob)

@@ -35,6 +35,7 @@ from .weights_file import import_weights
 
 _WINDOW_PIXELS = 2048
 _TILES_AT_ONCE = 8
+_TILES_OF_A_PART_AT_ONCE = 2
 MAX_PIXELS = 1 << 29
 """What `Codec.decode` takes at most unless told otherwise."""
 
@@ -236,7 +237,7 @@ class Codec:
             symbols = torch.empty(shape, dtype=torch.int16, device=self.device)
             z_hat = self._z_hat(stream)
             side = self._side_information(z_hat, header, rectangle)
-            for numbers, rectangles in _batches(tiles):
+            for numbers, rectangles in _batches(tiles, part=len(tiles) < header.num_tiles):
                 streams = [stream.tiles[n] for n in numbers]
                 found = self._decode_tiles(streams, side.scales(rectangles), passes)
                 if found.dtype != symbols.dtype:
@@ -288,7 +289,8 @@ class Codec:
         side = self._side_information(z_hat, header, latents.rectangle)
         wanted = self._wanted(header, latents.view)
         y_hat = torch.empty(symbols.shape, device=self.device)
-        for _, rectangles in _batches(_overlapping(header, wanted)):
+        tiles = _overlapping(header, wanted)
+        for _, rectangles in _batches(tiles, part=len(tiles) < header.num_tiles):
             places = [
                 (y - top, x - left, end - top, right - left) for y, x, end, right in rectangles
             ]
@@ -544,15 +546,20 @@ def shipped_weights() -> bytes:
 
 
 def _batches(
-    tiles: Mapping[int, Rectangle],
+    tiles: Mapping[int, Rectangle], *, part: bool = False
 ) -> Iterator[tuple[list[int], list[Rectangle]]]:
-    """Tiles, by number, that are computed together: some of one shape, with their numbers."""
+    """Tiles, by number, that are computed together: some of one shape, with their numbers.
+
+    part: whether they are part of a picture. A few tiles then are all there is, and would take more
+    memory together than all else that a region needs.
+    """
+    at_once = _TILES_OF_A_PART_AT_ONCE if part else _TILES_AT_ONCE
     by_shape: dict[tuple[int, int], list[int]] = {}
     for number, (top, left, bottom, right) in tiles.items():
         by_shape.setdefault((bottom - top, right - left), []).append(number)
     for numbers in by_shape.values():
-        for start in range(0, len(numbers), _TILES_AT_ONCE):
-            chosen = numbers[start : start + _TILES_AT_ONCE]
+        for start in range(0, len(numbers), at_once):
+            chosen = numbers[start : start + at_once]
             yield chosen, [tiles[n] for n in chosen]
 
 

@@ -5,7 +5,8 @@
 The codec alone: as many processes as workers, one thread each, every one encodes its share of the
 decoded photos from memory (and measures their PSNR, as the job does). The job: files on disk ->
 Ray -> archive. What the job takes beside the codec's work is told apart: start and end (Ray, the
-model, the index), then reading and decoding source files, hashes, verification and writing.
+model, the index: a job over one small photo), then reading files into pixels, and the rest: hashes,
+verification, writing, and workers that wait for the last shard.
 """
 
 import argparse
@@ -17,11 +18,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 import vaestream
 from vaestream import images
 from vaestream.codec import Codec
-from vaestream.pipeline.job import Progress
 from vaestream.training.data import list_photos
 
 
@@ -63,31 +64,27 @@ def main() -> None:
     megapixels = sum(one[0] for one in told)
     alone = max(one[2] for one in told)
 
-    first: list[float] = []
-
-    def note(now: Progress) -> None:
-        if not now.done_shards:
-            first.append(now.seconds)
-
     with tempfile.TemporaryDirectory(prefix="job-") as folder:
+        small = Path(folder) / "small.png"
+        Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(small)
+        settings = {"quality": args.quality, "verify": args.verify, "workers": args.workers}
+        empty = vaestream.compress(small, Path(folder) / "start", **settings).seconds
         summary = vaestream.compress(
             args.photos,
-            folder,
-            quality=args.quality,
-            verify=args.verify,
-            workers=args.workers,
-            shard_images=max(1, len(files) // (8 * args.workers)),
-            progress=note,
+            Path(folder) / "archive",
+            shard_images=max(1, len(files) // (16 * args.workers)),
+            **settings,
         )
     print(f"{platform.processor() or platform.machine()}, {args.workers} workers")
     print(f"{summary.photos} photos compressed of {len(files)}, {megapixels:.0f} MP")
     print(f"codec alone      {megapixels / alone:7.2f} MP/s  {alone:7.1f} s")
-    print(f"  reading the files beside that took {max(one[1] for one in told):.1f} s")
-    seconds = summary.seconds
-    print(f"whole job        {summary.megapixels / seconds:7.2f} MP/s  {seconds:7.1f} s")
-    steady = seconds - first[0]
-    print(f"from the first worker on {summary.megapixels / steady:7.2f} MP/s  {steady:7.1f} s")
-    print(f"job / codec      {summary.megapixels / seconds / (megapixels / alone):7.2f}")
+    seconds, read = summary.seconds, max(one[1] for one in told)
+    print(f"whole job        {megapixels / seconds:7.2f} MP/s  {seconds:7.1f} s")
+    print(f"  start and end  {empty:23.1f} s")
+    print(f"  files to pixels {read:22.1f} s")
+    print(f"  the rest       {seconds - empty - read - alone:23.1f} s")
+    print(f"job / codec      {alone / seconds:7.2f}")
+    print(f"  without start and end {alone / (seconds - empty):.2f}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ lint: $(READY)
 test: lint
 	$(BIN)/python -m pytest
 
-# More of clusters, a minute or so each.
+# Clusters, failing stores, killed drivers and workers: a minute or more each.
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 

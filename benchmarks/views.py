@@ -13,8 +13,6 @@ import argparse
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +21,7 @@ from memory import peak_while
 from numpy.typing import NDArray
 from PIL import Image
 from rate_distortion import cpu_name
-from speed import picture
+from speed import best, picture
 
 from vaestream import Codec, images
 from vaestream.codec.metrics import psnr
@@ -33,16 +31,6 @@ Pixels = NDArray[np.uint8]
 
 HEIGHT, WIDTH = 6124, 8164
 REGION = (3003, 2001, 512, 512)
-
-
-def best(run: Callable[[], object], times: int = 3) -> float:
-    """Seconds of the fastest of several runs."""
-    seconds = []
-    for _ in range(times):
-        begin = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds)
 
 
 def peak(blob: Path, what: str) -> float:
@@ -71,8 +59,8 @@ def large(codec: Codec, quality: float) -> None:
     x, y, width, height = REGION
     part = codec.decode([blob], region=REGION)[0]
     difference = np.abs(part.astype(int) - whole[y : y + height, x : x + width]).max()
-    all_of_it = best(lambda: codec.decode([blob]), 2)
-    region = best(lambda: codec.decode([blob], region=REGION))
+    all_of_it, _ = best(lambda: codec.decode([blob]), 2)
+    region, _ = best(lambda: codec.decode([blob], region=REGION), 3)
     print(f"{WIDTH}x{HEIGHT}, {len(blob) / 1e6:.1f} MB")
     print(f"whole           {1000 * all_of_it:7.0f} ms  {memory['whole']:6.0f} MB")
     print(
@@ -81,7 +69,7 @@ def large(codec: Codec, quality: float) -> None:
         f"the memory), largest difference {difference}"
     )
     for size in (2048, 1024, 512, 256):
-        seconds = best(lambda size=size: codec.decode([blob], max_size=size))  # type: ignore[misc]
+        seconds, _ = best(lambda size=size: codec.decode([blob], max_size=size), 3)  # type: ignore[misc]
         print(f"max_size {size:5}  {1000 * seconds:7.0f} ms  (1/{all_of_it / seconds:.0f})")
 
 

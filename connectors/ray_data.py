@@ -29,12 +29,12 @@ from ray.data.datasource import Datasink, Datasource, ReadTask, WriteResult
 
 from vaestream import images
 from vaestream.archive.manifest import PartInfo
-from vaestream.archive.reader import Archive, load_codec, open_archive
+from vaestream.archive.reader import Archive, open_archive, shared_codec
 from vaestream.archive.schema import Row
 from vaestream.archive.writer import write_part
 from vaestream.codec import Codec, check
 from vaestream.codec.bitstream import MAGIC
-from vaestream.codec.view import Region, View
+from vaestream.codec.view import Region, see
 from vaestream.errors import ArchiveError, VaestreamError
 from vaestream.pipeline.compressor import Compressor, Settings
 from vaestream.pipeline.destination import Destination
@@ -101,21 +101,13 @@ class ArchiveDatasource(Datasource):
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        options = dict(storage_options) if storage_options else None
+        options = options_for(url, storage_options)
         archive = open_archive(url, device="cpu", storage_options=options)
-        index = archive.index
-        if keys is None:
-            chosen = pc.and_(index["error"].is_null(), index["width"].is_valid())
-        else:
-            missing = next((key for key in keys if key not in archive), None)
-            if missing is not None:
-                raise ArchiveError(f"{url}: no photo {missing!r}")
-            chosen = pc.is_in(index["key"], value_set=pa.array(list(keys), pa.string()))
+        rows = archive.positions(keys)
         if filter is not None:
-            marked = index.append_column("__row", pa.array(range(len(index)), pa.int64()))
-            rows = marked.filter(filter)["__row"]
-            chosen = pc.and_(chosen, pc.is_in(marked["__row"], value_set=rows.combine_chunks()))
-        self._archive = archive.select(chosen.combine_chunks())
+            marked = archive.index.take(rows).append_column("__row", rows)
+            rows = marked.filter(filter)["__row"].combine_chunks()
+        self._archive = archive.select(rows.unique().sort())
         self._columns, self._decode = tuple(columns), decode
         self._region, self._max_size = region, max_size
         self._sizes = self._decoded_sizes() if decode else self._archive.index["length"].to_numpy()
@@ -189,21 +181,22 @@ class _Read:
 
     def __call__(self) -> Iterable[Block]:
         keys = self._archive.keys()
-        rows: dict[str, list[Any]] = {"key": keys}
+        rows: dict[str, Any] = {"key": keys}
         for name in self._columns:
             rows[name] = [getattr(self._archive.row(key), name) for key in keys]
         if self._decode:
-            rows["image"] = self._archive.read(keys, region=self._region, max_size=self._max_size)
+            pictures = self._archive.read(keys, region=self._region, max_size=self._max_size)
+            rows["image"] = _column(pictures)
         else:
-            rows["image"] = self._archive.blobs(keys)
-        yield BlockAccessor.batch_to_block(_columns_of(rows))
+            rows["image"] = _column(self._archive.blobs(keys))
+        yield BlockAccessor.batch_to_block(rows)
 
 
-def _columns_of(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
-    """Lists as Ray takes them: pictures of different sizes stay pictures."""
-    images = np.empty(len(rows["image"]), object)
-    images[:] = rows["image"]
-    return {**rows, "image": images}
+def _column(values: list[Any]) -> "np.ndarray[Any, Any]":
+    """A column as Ray takes it: pictures of different sizes stay pictures."""
+    column = np.empty(len(values), object)
+    column[:] = values
+    return column
 
 
 class Decode:
@@ -226,24 +219,19 @@ class Decode:
         if source is None:
             self._codec = Codec.load(device=device)
         else:
-            options = dict(storage_options) if storage_options else None
+            options = options_for(source, storage_options)
             self._codec = open_archive(source, device=device, storage_options=options).codec
         self._column, self._region, self._max_size = column, region, max_size
 
     def __call__(self, batch: Batch) -> Batch:
-        pictures = np.empty(len(batch[self._column]), object)
-        pictures[:] = [self._picture(bytes(data)) for data in batch[self._column]]
-        return {**batch, self._column: pictures}
+        pictures = [self._picture(bytes(data)) for data in batch[self._column]]
+        return {**batch, self._column: _column(pictures)}
 
     def _picture(self, data: bytes) -> "np.ndarray[Any, Any]":
         if not data.startswith(MAGIC):
             with Image.open(io.BytesIO(data)) as image:
                 pixels = images.to_8bit(ImageOps.exif_transpose(image))
-            height, width = pixels.shape[:2]
-            view = View.of(
-                width, height, region=self._region, max_size=self._max_size, reduced=False
-            )
-            return view.show(pixels)
+            return see(pixels, region=self._region, max_size=self._max_size)
         (decoded,) = self._codec.decode(
             [data], region=self._region, max_size=self._max_size, max_pixels=None
         )
@@ -269,7 +257,7 @@ class Encode:
         weights: str | None = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
-        options = dict(storage_options) if storage_options else None
+        options = None if weights is None else options_for(weights, storage_options)
         self._codec = Codec.load(weights, device=device, storage_options=options)
         given = {"quality": quality, "target_bpp": target_bpp, "target_psnr": target_psnr}
         self._rate = {name: value for name, value in given.items() if value is not None}
@@ -277,14 +265,13 @@ class Encode:
         self._effort, self._column = effort, column
 
     def __call__(self, batch: Batch) -> Batch:
-        blobs = np.empty(len(batch[self._column]), object)
-        blobs[:] = [
+        blobs = [
             self._codec.compress(
                 np.asarray(picture), **self._rate, effort=self._effort, measure=False
             ).data
             for picture in batch[self._column]
         ]
-        return {**batch, self._column: blobs}
+        return {**batch, self._column: _column(blobs)}
 
 
 def write_archive(
@@ -358,7 +345,7 @@ class ArchiveDatasink(Datasink[list[dict[str, Any]]]):
     def write(self, blocks: Iterable[Block], ctx: Any) -> list[dict[str, Any]]:
         """One part of all rows of these blocks; its description, nothing where they are empty."""
         place = self._place
-        codec = load_codec(place.fs, place.root, place.model_id, device=self._device)
+        codec = shared_codec(place.fs, place.root, place.model_id, self._device)
         encoder = _RowEncoder(codec, self._settings)
         rows = sorted(
             (encoder.row(str(one[self._key]), one[self._image]) for one in _rows_of(blocks)),
@@ -429,14 +416,7 @@ class _RowEncoder:
         )
 
     def _of_pixels(self, key: str, pixels: "np.ndarray[Any, Any]") -> Row:
-        s = self._settings
-        encoded = self._codec.compress(
-            pixels,
-            quality=s.quality,
-            target_bpp=s.target_bpp,
-            target_psnr=s.target_psnr,
-            effort=s.effort,
-        )
+        encoded = self._settings.encode(self._codec, pixels)
         return Row(
             key=key,
             data=encoded.data,

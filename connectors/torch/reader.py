@@ -7,7 +7,6 @@ from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -224,11 +223,4 @@ def _select(archive: Archive, keys: Sequence[str] | None) -> pa.Table:
         )
         .rename_columns({"length": "num_bytes"})
     )
-    if keys is None:
-        return index.filter(pc.and_(index["error"].is_null(), index["width"].is_valid()))
-    wanted = pa.array(keys, pa.string())
-    places = pc.index_in(wanted, index["key"])
-    if places.null_count:
-        unknown = wanted[places.is_null().index(True).as_py()].as_py()
-        raise ArchiveError(f"{archive.url}: no photo {unknown!r}")
-    return index.take(places)
+    return index.take(archive.positions(keys))

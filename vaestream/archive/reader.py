@@ -9,7 +9,6 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.utils import merge_offset_ranges
 from PIL import Image, ImageOps
@@ -167,28 +167,38 @@ class Archive:
         """The rows, ascending by key, read row group by row group. Raises as `row` does."""
         return (self._info(at) for at in range(len(self)))
 
-    def select(self, rows: pa.Array) -> "Archive":
+    def positions(self, keys: Sequence[str] | None = None) -> pa.Array:
+        """Positions in `index` (int64) of these keys, in their order, or of all photos: rows with a
+        size and without an error. Raises ArchiveError when there is no such key."""
+        if keys is None:
+            photos = pc.and_(self.index["error"].is_null(), self.index["width"].is_valid())
+            return pc.indices_nonzero(photos).cast(pa.int64())
+        wanted = pa.array(keys, pa.string())
+        places = pc.index_in(wanted, self._keys)
+        if places.null_count:
+            unknown = wanted[places.is_null().index(True).as_py()].as_py()
+            raise ArchiveError(f"{self.url}: no photo {unknown!r}")
+        return places.cast(pa.int64())
+
+    def select(self, positions: pa.Array) -> "Archive":
         """The archive with some of its rows, as if it had no others; small where it is pickled.
 
-        rows: ascending positions in `index`, or a boolean for each.
+        positions: in `index`, ascending.
         """
-        index = self.index.filter(rows) if pa.types.is_boolean(rows.type) else self.index.take(rows)
+        index = self.index.take(positions)
         names = set(index["part"].unique().to_pylist())
         parts = tuple(part for part in self.manifest.parts if part.name in names)
-        chosen = copy(self)
-        chosen.__setstate__(
-            {
-                **self.__getstate__(),
-                "manifest": replace(self.manifest, parts=parts),
-                "index": index.combine_chunks(),
-            }
+        return self._with(
+            manifest=replace(self.manifest, parts=parts), index=index.combine_chunks()
         )
-        return chosen
 
     def to(self, device: str) -> "Archive":
         """The same archive, decoding on another device; nothing is read again but the model."""
-        other = copy(self)
-        other.device = device
+        return self._with(device=device)
+
+    def _with(self, **changes: Any) -> "Archive":
+        other = object.__new__(type(self))
+        other.__setstate__({**self.__getstate__(), **changes})
         return other
 
     # --- bytes -------------------------------------------------------------------------------
@@ -264,7 +274,7 @@ class Archive:
             pixels.update(zip(coded, decoded, strict=True))
         for at in unique:
             if at not in pixels:
-                pixels[at] = _seen(self._source_pixels(at, blobs[at]), region, max_size)
+                pixels[at] = self._source_pixels(at, blobs[at], region, max_size)
         return [pixels[at] for at in places]
 
     def source_pixels(
@@ -280,7 +290,7 @@ class Archive:
         Raises ArchiveError when there is no such key, or Pillow cannot open the source, ValueError
         when the picture does not have the region.
         """
-        return _seen(self._source_pixels(self._at(key), data), region, max_size)
+        return self._source_pixels(self._at(key), data, region, max_size)
 
     @property
     def codec(self) -> "Codec":
@@ -295,7 +305,7 @@ class Archive:
                 model_id = self.manifest.model_id
                 if model_id is None:
                     raise ArchiveError(f"{self.url}: holds no model")
-                self._codec = _shared_codec(self._fs, self._root, model_id, self.device)
+                self._codec = shared_codec(self._fs, self._root, model_id, self.device)
             return self._codec
 
     # --- inside ------------------------------------------------------------------------------
@@ -542,11 +552,17 @@ class Archive:
             raise ArchiveError(f"{key}: kept as its source, which does not open: {why}") from error
         return image
 
-    def _source_pixels(self, at: int, data: bytes) -> npt.NDArray[np.uint8]:
+    def _source_pixels(
+        self, at: int, data: bytes, region: "Region | None", max_size: int | None
+    ) -> npt.NDArray[np.uint8]:
+        from vaestream.codec.view import see
+
         photo = images.load(data, name=self._entry("key", at))
         if isinstance(photo, images.Photo):
-            return photo.pixels
-        return images.to_8bit(ImageOps.exif_transpose(self._open_source(at, data)))
+            pixels = photo.pixels
+        else:
+            pixels = images.to_8bit(ImageOps.exif_transpose(self._open_source(at, data)))
+        return see(pixels, region=region, max_size=max_size)
 
 
 def open_archive(
@@ -565,8 +581,8 @@ def open_archive(
 
 
 @lru_cache(maxsize=4)
-def _shared_codec(fs: fsspec.AbstractFileSystem, root: str, model_id: str, device: str) -> "Codec":
-    """One for all that open an archive in this process, as pickled ones do again and again."""
+def shared_codec(fs: fsspec.AbstractFileSystem, root: str, model_id: str, device: str) -> "Codec":
+    """`load_codec`, one for all in this process that want the same: pickled archives, say."""
     return load_codec(fs, root, model_id, device=device)
 
 
@@ -599,12 +615,3 @@ def _payloads_fit(extra: Payloads, row: dict[str, Any]) -> bool:
         lengths == [row[f"{name}_length"] for name in _PAYLOADS]
         and metadata_crc32(*values) == row["metadata_crc32"]
     )
-
-
-def _seen(
-    pixels: npt.NDArray[np.uint8], region: "Region | None", max_size: int | None
-) -> npt.NDArray[np.uint8]:
-    from vaestream.codec.view import View
-
-    height, width = pixels.shape[:2]
-    return View.of(width, height, region=region, max_size=max_size, reduced=False).show(pixels)

@@ -311,9 +311,8 @@ class Codec:
             pixels = self.networks.synthesise_reduced(y_hat, view.shrink)
         if header.channels == 1:
             pixels = _to_gray(pixels)
-        x, y, width, height = view.region
-        if view.shrink == 1 and view.size == (width, height):
-            return pixels[y - top : y - top + height, x - left : x - left + width].contiguous()
+        if view.is_crop:
+            return pixels[view.place(top, left)].contiguous()
         shown = view.show(pixels.cpu().numpy(), top, left)
         return torch.from_numpy(np.require(shown, requirements="W")).to(self.device)
 

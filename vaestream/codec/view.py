@@ -88,12 +88,22 @@ class View:
         enough = _ENOUGH * 3 * (STRIDE // self.shrink) ** 2
         return sum(p.start < enough for p in passes)
 
+    @property
+    def is_crop(self) -> bool:
+        """Whether the region is shown at its own size."""
+        return self.size == self.region[2:]
+
+    def place(self, top: int, left: int) -> tuple[slice, slice]:
+        """Rows and columns of the region in pixels whose first one lies at (top, left)."""
+        x, y, w, h = self.region
+        return slice(y - top, y - top + h), slice(x - left, x - left + w)
+
     def show(self, pixels: NDArray[np.uint8], top: int = 0, left: int = 0) -> NDArray[np.uint8]:
         """The view, from (reduced) pixels whose first one lies at (top, left) of the picture."""
         x, y, w, h = self.region
         if self.shrink == 1:
-            pixels = pixels[y - top : y - top + h, x - left : x - left + w]
-            if self.size == (w, h):
+            pixels = pixels[self.place(top, left)]
+            if self.is_crop:
                 return np.ascontiguousarray(pixels)
             top, left = y, x
         # Clipped: the last reduced pixel of a picture may reach beyond its edge.
@@ -105,3 +115,11 @@ class View:
         )
         image = Image.fromarray(pixels).resize(self.size, Image.Resampling.LANCZOS, box)
         return np.asarray(image)
+
+
+def see(
+    pixels: NDArray[np.uint8], *, region: Region | None, max_size: int | None
+) -> NDArray[np.uint8]:
+    """The view of a picture that is there whole, (H, W, 3) or (H, W). Raises as `View.of` does."""
+    height, width = pixels.shape[:2]
+    return View.of(width, height, region=region, max_size=max_size, reduced=False).show(pixels)

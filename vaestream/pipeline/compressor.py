@@ -9,6 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vaestream import images
 from vaestream.archive.schema import Row
 from vaestream.codec import Codec, Encoded
@@ -94,6 +97,16 @@ class Settings:
         """dB below which a photo coded at `quality` is kept as its source."""
         return default_floor(quality) if self.min_psnr is None else self.min_psnr
 
+    def encode(self, codec: Codec, pixels: NDArray[np.uint8]) -> Encoded:
+        """A picture as these settings want it, its PSNR measured."""
+        return codec.compress(
+            pixels,
+            quality=self.quality,
+            target_bpp=self.target_bpp,
+            target_psnr=self.target_psnr,
+            effort=self.effort,
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, as they go into the manifest and into the names of parts."""
         numbers = asdict(self)
@@ -143,7 +156,7 @@ class Compressor:
     def _row_of(self, got: Fetched, loading: Future[_Loaded] | None) -> Row:
         item, data = got.item, got.data
         if data is None or loading is None:
-            return failed(item, None, got.error or "cannot be read")
+            return unread(got)
         try:
             return self._row(item, data, loading.result())
         except Exception as error:
@@ -175,13 +188,7 @@ class Compressor:
                 height=loaded.height,
             )
         height, width = loaded.pixels.shape[:2]
-        encoded = self._codec.compress(
-            loaded.pixels,
-            quality=self._settings.quality,
-            target_bpp=self._settings.target_bpp,
-            target_psnr=self._settings.target_psnr,
-            effort=self._settings.effort,
-        )
+        encoded = self._settings.encode(self._codec, loaded.pixels)
         metadata = sum(len(part or b"") for part in (loaded.exif, loaded.xmp, loaded.icc))
         reason = None
         if len(encoded.data) + metadata >= len(data):
@@ -243,6 +250,11 @@ def failed(item: SourceObject, data: bytes | None, error: str) -> Row:
         return kept(item, data, error=error)
     unread = {**_source(item, b""), "source_size": item.version.size or 0}
     return Row(data=b"", codec="source", error=error, **unread)
+
+
+def unread(got: Fetched) -> Row:
+    """The row of an object that could not be fetched."""
+    return failed(got.item, None, got.error or "cannot be read")
 
 
 def _source(item: SourceObject, data: bytes) -> dict[str, Any]:

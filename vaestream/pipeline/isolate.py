@@ -10,7 +10,7 @@ from typing import Protocol, Self
 
 from vaestream.archive.schema import Row
 from vaestream.errors import VaestreamError
-from vaestream.pipeline.compressor import failed
+from vaestream.pipeline.compressor import failed, unread
 from vaestream.pipeline.fetch import Fetched
 from vaestream.pipeline.plan import SourceObject
 
@@ -64,7 +64,7 @@ class IsolatedCompressor:
         """The rows of objects, in their order; the process has one of them at a time."""
         for got in fetched:
             if got.data is None:
-                yield failed(got.item, None, got.error or "cannot be read")
+                yield unread(got)
             else:
                 yield self.row(got.item, got.data)
 

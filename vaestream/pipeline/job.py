@@ -30,6 +30,7 @@ from vaestream.pipeline.report import REPORT, Moment, Run, write_report
 from vaestream.pipeline.stores import options_for
 from vaestream.pipeline.work import Counts, Work
 from vaestream.pipeline.worker import WorkerSpec
+from vaestream.text import describe
 
 _LOG = logging.getLogger("vaestream")
 _WAVE = 1024
@@ -348,8 +349,7 @@ def _report(url: str, run: Run, storage_options: Mapping[str, Any] | None) -> No
         archive = open_archive(url, storage_options=options_for(url, storage_options))
         write_report(archive, run=run, storage_options=storage_options)
     except Exception as error:
-        told = f"{type(error).__name__}: {error}"
-        _LOG.warning("%s: %s was not written: %s", url, REPORT, told)
+        _LOG.warning("%s: %s was not written: %s", url, REPORT, describe(error))
 
 
 def _moment(moments: Sequence[Moment], part: PartInfo, seconds: float) -> Moment:

@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+from fsspec import AbstractFileSystem
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -41,4 +42,13 @@ def files(archive: Path) -> dict[str, bytes]:
         str(path.relative_to(archive)): path.read_bytes()
         for path in sorted(archive.rglob("*"))
         if path.is_file() and path.name != "report.html"
+    }
+
+
+def stored(fs: AbstractFileSystem, root: str) -> dict[str, bytes]:
+    """`files` of an archive in any store: every object below `root`."""
+    return {
+        path.removeprefix(f"{root}/"): fs.cat_file(path)
+        for path in fs.find(root)
+        if path != f"{root}/report.html"
     }

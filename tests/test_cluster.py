@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 from conftest import hooked_processes
 from photos import files, fill, png
+from waiting import parent_of, wait_for
 from without_ray import without_ray
 
 import vaestream
@@ -122,25 +122,9 @@ def finish(process: subprocess.Popen[str]) -> str:
     return told
 
 
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[Any] | None = None) -> Any:
-    """What the condition gives once it is true; an error when `process` ends before that."""
-    end = time.monotonic() + 300  # a busy machine takes long to start a job
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        if process is not None and process.poll() is not None:
-            raise AssertionError(f"it has ended: {process.communicate()}")
-        time.sleep(0.05)
-    raise AssertionError("it did not happen")
-
-
 def waiting(marks: Path) -> list[int]:
     """Process ids of the workers that wait in mid shard."""
     return sorted(int(path.name.removeprefix("waiting-")) for path in marks.glob("waiting-*"))
-
-
-def parent_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
 
 
 def ended(pid: int) -> bool:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import ray
-from photos import files, fill
+from photos import files, fill, stored
+from waiting import parent_of, wait_for
 
 import vaestream
 from vaestream.archive.verify import verify
@@ -151,7 +152,7 @@ def workers_of(session: Path) -> Callable[[], list[int]]:
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 command = (folder / "cmdline").read_bytes()
-                parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                parent = parent_of(int(folder.name))
             except OSError:  # it has just ended
                 continue
             if b"raylet" in command.split(b"\0")[0] and os.fsencode(session) in command:
@@ -161,20 +162,3 @@ def workers_of(session: Path) -> Callable[[], list[int]]:
         return [pid for pid, parent in workers if parent in raylets]
 
     return find
-
-
-def stored(fs: Any, root: str) -> dict[str, bytes]:
-    """Every object below `root`; not the report, which has times in it."""
-    found = {path.removeprefix(f"{root}/"): fs.cat_file(path) for path in fs.find(root)}
-    found.pop("report.html", None)
-    return found
-
-
-def wait_for(condition: Callable[[], Any]) -> Any:
-    """What the condition gives once it is true."""
-    end = time.monotonic() + 300
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.01)
-    raise AssertionError("it did not happen")

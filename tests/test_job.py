@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from photos import files, fill, png
 from PIL import Image, ImageOps
+from waiting import wait_for
 from without_ray import without_ray
 
 import vaestream
@@ -60,15 +60,6 @@ def marks(local_ray: Path) -> Iterator[Path]:
     yield local_ray
     for mark in [*local_ray.glob("waiting-*"), local_ray / "go", local_ray / "deaths"]:
         mark.unlink(missing_ok=True)
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.05)
-    raise AssertionError("it did not happen")
 
 
 def test_every_object_gets_a_row_and_nothing_is_lost(run: Run, tmp_path: Path) -> None:
@@ -245,7 +236,7 @@ def test_a_worker_killed_in_mid_shard_changes_nothing(
     killed: list[int] = []
 
     def kill() -> None:
-        mark = wait_for(lambda: next(marks.glob("waiting-*"), None))
+        mark = wait_for(lambda: next(marks.glob("waiting-*"), None), seconds=60)
         killed.append(int(mark.name.removeprefix("waiting-")))
         os.kill(killed[0], signal.SIGKILL)
         (marks / "go").touch()
@@ -270,14 +261,14 @@ def test_a_driver_killed_in_mid_job_is_continued(
     options = ["--weights", str(weights), "--min-psnr", "0", "--shard-images", "2"]
     driver = subprocess.Popen([*command, *options, "--workers", "1"], stderr=subprocess.DEVNULL)
     try:
-        mark = wait_for(lambda: next(marks.glob("waiting-*"), None))
+        mark = wait_for(lambda: next(marks.glob("waiting-*"), None), seconds=60)
         committed = {path.name for path in archive.glob("part-*")}
         assert committed
     finally:
         driver.kill()
         driver.wait()
     worker = int(mark.name.removeprefix("waiting-"))
-    wait_for(lambda: not Path(f"/proc/{worker}").exists())
+    wait_for(lambda: not Path(f"/proc/{worker}").exists(), seconds=60)
     (marks / "go").touch()
     assert not (archive / "manifest.json").exists()
     with pytest.raises(SettingsMismatchError):

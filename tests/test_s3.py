@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import s3fs
-from photos import png
+from photos import png, stored
 from s3_faults import Fault, FaultyProxy, after, share
 from s3_server import KEY, SECRET, S3Server, options_for
 from without_ray import without_ray
@@ -81,14 +81,7 @@ def peaceful(run_here: Run, fs: s3fs.S3FileSystem, bucket: str) -> dict[str, byt
     summary = run_here("peaceful")
     assert (summary.objects, summary.photos) == (len(OBJECTS), 7)
     assert summary.failed == ["cut.png"]
-    return files(fs, f"{bucket}/peaceful")
-
-
-def files(fs: s3fs.S3FileSystem, root: str) -> dict[str, bytes]:
-    """Every object below `root`, the manifest included."""
-    found = {path.removeprefix(f"{root}/"): fs.cat_file(path) for path in fs.find(root)}
-    found.pop("report.html", None)  # it has times in it
-    return found
+    return stored(fs, f"{bucket}/peaceful")
 
 
 def hasty(proxy: FaultyProxy) -> dict[str, Any]:
@@ -118,7 +111,7 @@ def test_the_same_sources_give_the_same_bytes_elsewhere(
     run: Run, peaceful: dict[str, bytes], fs: s3fs.S3FileSystem, bucket: str
 ) -> None:
     run("elsewhere")
-    assert files(fs, f"{bucket}/elsewhere") == peaceful
+    assert stored(fs, f"{bucket}/elsewhere") == peaceful
 
 
 @pytest.mark.usefixtures("peaceful")
@@ -159,7 +152,7 @@ def test_the_command_line_takes_its_credentials_from_the_environment(
     assert len(list((tmp_path / "out" / "2019").iterdir())) == 1
     told = done.stdout + done.stderr + "".join(capfd.readouterr())
     assert "notes.txt" in told and SECRET not in told
-    made = files(fs, f"{bucket}/archive-of-cli")
+    made = stored(fs, f"{bucket}/archive-of-cli")
     assert made and not any(SECRET.encode() in data for data in made.values())
 
 
@@ -204,7 +197,7 @@ def test_an_archive_made_under_faults_is_the_one_made_in_peace(
     with FaultyProxy(s3.url, rule) as proxy:
         for job, prefix in ((run, "disturbed"), (run_here, "again")):
             job(prefix, storage_options=hasty(proxy))
-            assert files(fs, f"{bucket}/{prefix}") == peaceful
+            assert stored(fs, f"{bucket}/{prefix}") == peaceful
         url = f"s3://{bucket}/disturbed"
         archive = vaestream.open(url, storage_options=hasty(proxy))
         keys = [f"2019/{name}.png" for name in "abcdefg"]
@@ -234,7 +227,7 @@ def test_a_destination_that_takes_no_more_stops_the_job_and_a_later_one_goes_on(
             ArchiveError, match=rf"s3://{bucket}/{fault}/part-\S*: .*written: .*{reason}"
         ):
             run(fault, **options)
-        left = files(fs, f"{bucket}/{fault}")
+        left = stored(fs, f"{bucket}/{fault}")
         parts = {name: data for name, data in left.items() if name.startswith("part-")}
         assert len(parts) == 2 and parts.items() <= peaceful.items()
         assert "manifest.json" not in left and ".vaestream-job/job.json" in left
@@ -244,7 +237,7 @@ def test_a_destination_that_takes_no_more_stops_the_job_and_a_later_one_goes_on(
         proxy.rule = lambda method, path: again.append(path) if method == "PUT" else None
         run_here(fault, **options)
         assert not any(name in path for name in parts for path in again)
-    assert files(fs, f"{bucket}/{fault}") == peaceful
+    assert stored(fs, f"{bucket}/{fault}") == peaceful
     # Nor does Ray write down what workers are given.
     logs = [path for path in (local_ray / "ray").rglob("*") if path.is_file()]
     assert logs and not [path for path in logs if SECRET.encode() in path.read_bytes()]
@@ -262,7 +255,7 @@ def test_a_source_that_gives_no_more_stops_the_job_and_a_later_one_goes_on(
         options = {"storage_options": hasty(proxy), "workers": 1}
         with pytest.raises(SourceError, match=rf"s3://{bucket}/photos/\S+: .*Permission.*nor can"):
             run("forbidden", **options)
-        assert "manifest.json" not in files(fs, f"{bucket}/forbidden")
+        assert "manifest.json" not in stored(fs, f"{bucket}/forbidden")
         proxy.rule = None
         run_here("forbidden", **options)
-    assert files(fs, f"{bucket}/forbidden") == peaceful
+    assert stored(fs, f"{bucket}/forbidden") == peaceful

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta, timezone
+from itertools import chain
 from pathlib import Path
 
 import fsspec
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from archive_samples import byte_rows, commit, photo_rows, row
 
-from vaestream.archive import retries
+from vaestream.archive import index, retries
 from vaestream.archive.index import build_index, load_index
 from vaestream.archive.manifest import PartInfo, PartStats, read_manifest, write_manifest
 from vaestream.archive.schema import Row
@@ -133,6 +134,32 @@ def test_one_key_in_two_parts_is_refused(tmp_path: Path) -> None:
         write_part(LOCAL, str(tmp_path), part_id, [row(part_id, b"2"), row("same", b"1")])
     with pytest.raises(ArchiveError, match=r"'same' is in part-a.parquet and in part-b.parquet"):
         build_index(LOCAL, str(tmp_path), ["part-b.parquet", "part-a.parquet"])
+
+
+def test_an_index_ascends_over_parts_side_by_side_and_among_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "_GROUP_ROWS", 8)
+    keys = {
+        "last": [f"z/{i}" for i in range(5)],
+        "even": [f"m/{i:02}" for i in range(0, 20, 2)],
+        "odd": [f"m/{i:02}" for i in range(1, 20, 2)],
+        "first": ["a", "ä", "\U0001f4f7"],  # not in the order of UTF-16
+        "none": [],
+    }
+    for part_id, names in keys.items():
+        write_part(LOCAL, str(tmp_path), part_id, [row(name, b"1") for name in names])
+    names = [f"part-{part_id}.parquet" for part_id in keys]
+    sha256 = build_index(LOCAL, str(tmp_path), names)
+    entries = load_index(LOCAL, str(tmp_path), sha256)
+    assert entries["key"].to_pylist() == sorted(chain(*keys.values()))
+    homes = {f"part-{part_id}.parquet": set(found) for part_id, found in keys.items()}
+    for entry in entries.to_pylist():
+        assert entry["key"] in homes[entry["part"]]
+    assert pq.read_metadata(tmp_path / "index.parquet").num_row_groups == 4
+    before = files(tmp_path)
+    build_index(LOCAL, str(tmp_path), names[::-1])
+    assert files(tmp_path) == before
 
 
 def test_rows_that_break_off_leave_the_part_that_stood_there(tmp_path: Path) -> None:

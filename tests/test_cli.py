@@ -108,9 +108,9 @@ def test_a_terminal_shows_life_before_the_first_part_ends(
     try:
         line._draw()
         stats = PartStats(source_bytes=300, coded_bytes=100, vae_pixels=9_000_000)
-        line.show(Progress(4, 1, False, 0, 0, PartStats(), 1.0))
-        line.show(Progress(8, 2, True, 4, 1, stats, 90.0))
-        line.show(Progress(8, 2, True, 8, 2, stats, 180.0))
+        line.show(Progress(4, 1, False, 0, 0, 0.0, PartStats(), 1.0))
+        line.show(Progress(8, 2, True, 4, 1, 0.5, stats, 90.0))
+        line.show(Progress(8, 2, True, 8, 2, 1.0, stats, 180.0))
     finally:
         line.end()
     told = capsys.readouterr().err

@@ -4,9 +4,11 @@
 """
 
 import hashlib
-import io
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
+from typing import NamedTuple, TypeVar
 
 import fsspec
 import numpy as np
@@ -16,12 +18,13 @@ import pyarrow.parquet as pq
 
 from vaestream.archive.layout import (
     Footer,
+    column_indices,
     column_ranges,
     dictionary_offsets,
     plain_offsets,
     read_footer,
 )
-from vaestream.archive.storage import RangeFile, file_size, join, put_bytes, read_bytes
+from vaestream.archive.storage import RangeFile, file_size, join, read_bytes, staged
 from vaestream.errors import ArchiveError, DamagedArchiveError
 
 INDEX = "index.parquet"
@@ -56,20 +59,26 @@ _READ_COLUMNS = [
     *("exif_num_bytes", "xmp_num_bytes", "icc_num_bytes", "metadata_crc32", "icc"),
 ]
 _THREADS = 16
+_GROUP_ROWS = 1 << 15
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 def build_index(fs: fsspec.AbstractFileSystem, root: str, parts: Iterable[str]) -> str:
     """Write the index over the parts of these names; returns the hex SHA-256 of its bytes.
 
-    The same parts give the same bytes. Raises ArchiveError when two parts hold the same key,
+    The same parts give the same bytes. What is in memory at once is a row group, and the rows of
+    parts whose keys lie among each other's. Raises ArchiveError when two parts hold the same key,
     DamagedArchiveError when a part cannot be read.
     """
-    table = index_of(fs, root, sorted(parts))
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    data = sink.getvalue()
-    put_bytes(fs, join(root, INDEX), data)
-    return hashlib.sha256(data).hexdigest()
+    options = {"compression": "zstd", "write_page_checksum": True}
+    with staged(fs, join(root, INDEX)) as temporary:
+        with pq.ParquetWriter(temporary, INDEX_SCHEMA, **options) as writer:
+            for group in _row_groups(_runs(fs, root, sorted(parts))):
+                writer.write_table(group, row_group_size=_GROUP_ROWS)
+        with open(temporary, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_index(fs: fsspec.AbstractFileSystem, root: str, sha256: str) -> pa.Table:
@@ -94,18 +103,100 @@ def index_of(fs: fsspec.AbstractFileSystem, root: str, names: Sequence[str]) -> 
 
     Raises as `build_index` does.
     """
+    return _concatenated(_runs(fs, root, names))
+
+
+def _runs(fs: fsspec.AbstractFileSystem, root: str, names: Sequence[str]) -> Iterator[pa.Table]:
+    """The index's rows, ascending by key: a table for each part, or for several whose keys lie
+    among each other's."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        tables = list(pool.map(lambda name: _entries_at(fs, root, name), names))
-    table = pa.concat_tables([INDEX_SCHEMA.empty_table(), *tables]).unify_dictionaries()
-    table = table.sort_by("key").combine_chunks()
+        groups = _apart(names, list(_ahead(pool, lambda name: _key_span(fs, root, name), names)))
+        tables = _ahead(pool, lambda name: _entries_at(fs, root, name), chain.from_iterable(groups))
+        for group in groups:
+            table = _concatenated(next(tables) for _ in group).sort_by("key").combine_chunks()
+            _check_unique(table, root)
+            if len(table):
+                yield table
+
+
+class _KeySpan(NamedTuple):
+    """The first and the last key of a part; "" and "" in one without rows."""
+
+    first: str
+    last: str
+    part: str
+
+
+def _key_span(fs: fsspec.AbstractFileSystem, root: str, name: str) -> _KeySpan | None:
+    """As the footer tells, None where it does not: in a part that other programs have written."""
+    metadata = _footer_at(fs, root, name).metadata
+    column = column_indices(metadata).get("key")
+    if column is None:
+        return None
+    chunks = (metadata.row_group(i).column(column) for i in range(metadata.num_row_groups))
+    bounds = [chunk.statistics for chunk in chunks]
+    if not all(bound is not None and bound.has_min_max for bound in bounds):
+        return None
+    first = min((bound.min for bound in bounds), default="")
+    return _KeySpan(first, max((bound.max for bound in bounds), default=""), name)
+
+
+def _apart(names: Sequence[str], spans: Sequence[_KeySpan | None]) -> list[list[str]]:
+    """The parts in groups that ascend by key and do not reach into each other."""
+    known = sorted(span for span in spans if span is not None)
+    if len(known) < len(names):
+        return [list(names)]
+    groups: list[list[str]] = []
+    end = ""
+    for span in known:
+        if groups and span.first <= end:
+            groups[-1].append(span.part)
+        else:
+            groups.append([span.part])
+        end = max(end, span.last)
+    return groups
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable[[_Item], _Result], items: Iterable[_Item]
+) -> Iterator[_Result]:
+    """As `pool.map`, but with no more results waiting than there are threads."""
+    waiting: deque[Future[_Result]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > _THREADS:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in tables of `_GROUP_ROWS`, the last of which may have fewer."""
+    waiting: list[pa.Table] = []
+    rows = 0
+    for table in tables:
+        while rows + len(table) >= _GROUP_ROWS:
+            yield _concatenated([*waiting, table.slice(0, _GROUP_ROWS - rows)])
+            table, waiting, rows = table.slice(_GROUP_ROWS - rows), [], 0
+        waiting.append(table)
+        rows += len(table)
+    if rows:
+        yield _concatenated(waiting)
+
+
+def _concatenated(tables: Iterable[pa.Table]) -> pa.Table:
+    table = pa.concat_tables([INDEX_SCHEMA.empty_table(), *tables])
+    return table.unify_dictionaries().combine_chunks()
+
+
+def _check_unique(table: pa.Table, root: str) -> None:
+    """Raises ArchiveError for a key that comes twice; the rows ascend by key."""
     keys = table["key"]
-    if len(keys) > 1:
-        twice = pc.equal(keys.slice(1), keys.slice(0, len(keys) - 1)).combine_chunks()
-        if twice.true_count:
-            at = twice.index(True).as_py()
-            first, second = (table["part"][i].as_py() for i in (at, at + 1))
-            raise ArchiveError(f"{root}: key {keys[at].as_py()!r} is in {first} and in {second}")
-    return table
+    twice = pc.equal(keys.slice(1), keys.slice(0, max(0, len(keys) - 1))).combine_chunks()
+    if twice.true_count:
+        at = twice.index(True).as_py()
+        first, second = (table["part"][i].as_py() for i in (at, at + 1))
+        raise ArchiveError(f"{root}: key {keys[at].as_py()!r} is in {first} and in {second}")
 
 
 def part_entries(fs: fsspec.AbstractFileSystem, path: str, footer: Footer, name: str) -> pa.Table:
@@ -131,12 +222,15 @@ def part_entries(fs: fsspec.AbstractFileSystem, path: str, footer: Footer, name:
 
 
 def _entries_at(fs: fsspec.AbstractFileSystem, root: str, name: str) -> pa.Table:
+    return part_entries(fs, join(root, name), _footer_at(fs, root, name), name)
+
+
+def _footer_at(fs: fsspec.AbstractFileSystem, root: str, name: str) -> Footer:
     path = join(root, name)
     try:
-        footer = read_footer(fs, path, file_size(fs, path), name)
+        return read_footer(fs, path, file_size(fs, path), name)
     except FileNotFoundError as error:
         raise DamagedArchiveError(f"{path}: is missing") from error
-    return part_entries(fs, path, footer, name)
 
 
 def _group_entries(metadata: pq.FileMetaData, group: int, table: pa.Table, name: str) -> pa.Table:

@@ -40,7 +40,8 @@ _ROUNDS = 10
 @dataclass(frozen=True, slots=True)
 class Progress:
     """Where a run stands. objects, shards: of this run, as far as the sources have been listed (to
-    their end where `listed`); done: what has ended so far.
+    their end where `listed`); done: what has ended so far. share: of the bytes to read, how many
+    the ended shards had.
 
     stats: sums over the new parts that this run has made. seconds: since it began.
     """
@@ -50,6 +51,7 @@ class Progress:
     listed: bool
     done_objects: int
     done_shards: int
+    share: float
     stats: PartStats
     seconds: float
 
@@ -60,11 +62,11 @@ class Progress:
 
     @property
     def remaining_seconds(self) -> float | None:
-        """Estimate from the objects done so far; None before the first, and while objects are still
+        """Estimate from the bytes done so far; None before the first, and while objects are still
         being listed."""
-        if not self.done_objects or not self.listed:
+        if not self.share or not self.listed:
             return None
-        return self.seconds / self.done_objects * (self.objects - self.done_objects)
+        return self.seconds / self.share * (1 - self.share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +255,8 @@ class _Crew:
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def make(self, prepared: Prepared, waves: "_Waves", *, backwards: bool) -> Iterator[PartInfo]:
-        """The parts of all shards, as they end; each wave begins with its last if `backwards`."""
+        """The parts of all shards, as they end; each wave begins with its smallest if
+        `backwards`, else with its largest."""
         if not waves.first:
             return
         with ray_session(self.address) as elastic:
@@ -277,7 +280,8 @@ class _Crew:
                     max_object_bytes=self.max_object_bytes,
                     run_id=self.run_id,
                 )
-                shards = wave[::-1] if backwards else wave
+                # Largest first: at the end, workers then wait for small ones.
+                shards = sorted(wave, key=lambda s: s.source_bytes, reverse=not backwards)
                 most = (self.workers or len(shards)) if elastic else None
                 yield from run_shards(shards, spec, pools, most)
 
@@ -291,10 +295,10 @@ class _Waves:
 
     def __init__(self, work: Work) -> None:
         self._shards = iter(work)
-        self._sizes: dict[str, int] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}  # objects and bytes, by part
         self._stopped = threading.Event()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="listing")
-        self.shards = self.objects = 0
+        self.shards = self.objects = self._bytes = 0
         self.listed = False
         self.rewritten: set[str] = set()
         self.first = self._next()
@@ -315,12 +319,14 @@ class _Waves:
 
     def progress(self, parts: Sequence[PartInfo], seconds: float) -> Progress:
         """Where the run stands with these parts made."""
+        sizes = [self._sizes[part.part_id] for part in parts]
         return Progress(
             objects=self.objects,
             shards=self.shards,
             listed=self.listed,
-            done_objects=sum(self._sizes[part.part_id] for part in parts),
+            done_objects=sum(objects for objects, _ in sizes),
             done_shards=len(parts),
+            share=sum(size for _, size in sizes) / self._bytes if sizes else 0.0,
             stats=sum(
                 (part.stats for part in parts if part.part_id not in self.rewritten), PartStats()
             ),
@@ -333,11 +339,12 @@ class _Waves:
             if self._stopped.is_set():
                 break
             wave.append(shard)
-            self._sizes[shard.part_id] = len(shard.objects)
+            self._sizes[shard.part_id] = len(shard.objects), shard.source_bytes
             if shard.base is not None:
                 self.rewritten.add(shard.part_id)
         self.shards += len(wave)
         self.objects += sum(len(shard.objects) for shard in wave)
+        self._bytes += sum(shard.source_bytes for shard in wave)
         self.listed = len(wave) < _WAVE
         return wave
 

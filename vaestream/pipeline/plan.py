@@ -89,6 +89,11 @@ class Shard:
     objects: tuple[SourceObject, ...]
     base: str | None = None
 
+    @property
+    def source_bytes(self) -> int:
+        """Bytes to read, as far as the sources' stores have told; at least one an object."""
+        return sum(item.version.size or 1 for item in self.objects)
+
 
 @dataclass(frozen=True, slots=True)
 class Cutter:

@@ -35,7 +35,6 @@ from .weights_file import import_weights
 
 _WINDOW_PIXELS = 2048
 _TILES_AT_ONCE = 8
-_TILES_OF_A_PART_AT_ONCE = 2
 MAX_PIXELS = 1 << 29
 """What `Codec.decode` takes at most unless told otherwise."""
 
@@ -288,7 +287,8 @@ class Codec:
         gain = self.networks.gain(self.networks.quality(header.quality))[:channels]
         side = self._side_information(z_hat, header, latents.rectangle)
         wanted = self._wanted(header, latents.view)
-        y_hat = torch.empty(symbols.shape, device=self.device)
+        shape = (wanted[2] - wanted[0], wanted[3] - wanted[1], channels)
+        y_hat = torch.empty(shape, device=self.device)
         tiles = _overlapping(header, wanted)
         for _, rectangles in _batches(tiles, part=len(tiles) < header.num_tiles):
             places = [
@@ -297,8 +297,8 @@ class Codec:
             revealed, means = cut(symbols, places), side.means(rectangles)
             for number, p in enumerate(passes):
                 means.reveal(p, revealed[..., p.start : p.stop], means.predict(number, p))
-            _paste(y_hat, places, means.y_hat(channels), gain)
-        return y_hat[wanted[0] - top : wanted[2] - top, wanted[1] - left : wanted[3] - left]
+            _paste(y_hat, wanted, rectangles, means.y_hat(channels), gain)
+        return y_hat
 
     def _render(self, y_hat: Tensor, header: Header, view: View) -> Tensor:
         """The view, (H, W, 3) or (H, W) uint8."""
@@ -444,7 +444,8 @@ class Codec:
             for number, encoder in zip(numbers, encoders, strict=True):
                 streams[number] = encoder.finish()
             if measure:
-                _paste(y, rectangles, means.y_hat(self.networks.config.latent), gain)
+                whole = (0, 0, *header.latent_size)
+                _paste(y, whole, rectangles, means.y_hat(self.networks.config.latent), gain)
         psnr = None
         if measure:
             decoded = self.networks.synthesise(y, q, height, width)
@@ -550,9 +551,9 @@ def _batches(
     """Tiles, by number, that are computed together: some of one shape, with their numbers.
 
     part: whether they are part of a picture. A few tiles then are all there is, and would take more
-    memory together than all else that a region needs.
+    memory together than all else that a region needs: they come one by one.
     """
-    at_once = _TILES_OF_A_PART_AT_ONCE if part else _TILES_AT_ONCE
+    at_once = 1 if part else _TILES_AT_ONCE
     by_shape: dict[tuple[int, int], list[int]] = {}
     for number, (top, left, bottom, right) in tiles.items():
         by_shape.setdefault((bottom - top, right - left), []).append(number)
@@ -562,10 +563,19 @@ def _batches(
             yield chosen, [tiles[n] for n in chosen]
 
 
-def _paste(y: Tensor, rectangles: Sequence[Rectangle], tiles: Tensor, gain: Tensor) -> None:
-    """Write tiles of scaled latents, with the gain removed, into y (rows, columns, channels)."""
-    for (top, left, bottom, right), tile in zip(rectangles, tiles, strict=True):
-        torch.div(tile, gain, out=y[top:bottom, left:right])
+def _paste(
+    y: Tensor, place: Rectangle, rectangles: Sequence[Rectangle], tiles: Tensor, gain: Tensor
+) -> None:
+    """Write tiles of scaled latents, with the gain removed, into y (rows, columns, channels), what
+    of them lies in its place."""
+    for rectangle, tile in zip(rectangles, tiles, strict=True):
+        top, left = (max(rectangle[i], place[i]) for i in (0, 1))
+        bottom, right = (min(rectangle[i], place[i]) for i in (2, 3))
+        own = tile[
+            top - rectangle[0] : bottom - rectangle[0], left - rectangle[1] : right - rectangle[1]
+        ]
+        y_part = y[top - place[0] : bottom - place[0], left - place[1] : right - place[1]]
+        torch.div(own, gain, out=y_part)
 
 
 def _overlapping(header: Header, wanted: Rectangle) -> dict[int, Rectangle]:

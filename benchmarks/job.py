@@ -3,10 +3,10 @@
     python benchmarks/job.py PHOTOS [--workers 2] [--quality 50] [--verify sample]
 
 The codec alone: as many processes as workers, one thread each, every one encodes its share of the
-decoded photos from memory (and measures their PSNR, as the job does). The job: files on disk ->
-Ray -> archive. What the job takes beside the codec's work is told apart: start and end (Ray, the
-model, the index: a job over one small photo), then reading files into pixels, and the rest: hashes,
-verification, writing, and workers that wait for the last shard.
+decoded photos from memory, measures their PSNR, and decodes again those that the job verifies. The
+job: files on disk -> Ray -> archive. What the job takes beside the codec's work is told apart:
+start and end (Ray, the model, the index: a job over one small photo), then reading files into
+pixels, and the rest: hashes, writing, and workers that wait for the last shard.
 """
 
 import argparse
@@ -23,26 +23,46 @@ from PIL import Image
 import vaestream
 from vaestream import images
 from vaestream.codec import Codec
+from vaestream.pipeline.compressor import Verify, is_verified
 from vaestream.training.data import list_photos
 
 
-def _encode(files: list[Path], quality: float, start: float) -> tuple[float, float, float]:
-    """Megapixels of the photos; seconds to read them, and to encode them from `start` on."""
+def _encode(
+    files: list[Path], quality: float, verify: Verify, start: float
+) -> tuple[float, float, float]:
+    """Megapixels of the photos; seconds to read them, and for the codec's work from `start` on."""
     import torch
 
     torch.set_num_threads(1)
     codec = Codec.load(device="cpu")
     begin = time.monotonic()
-    photos = [images.load(file.read_bytes(), name=file.name) for file in files]
-    pixels = [photo.pixels for photo in photos if isinstance(photo, images.Photo)]
+    photos = []
+    for file in files:
+        data = file.read_bytes()
+        photo = images.load(data, name=file.name)
+        if isinstance(photo, images.Photo):
+            photos.append((photo.pixels, is_verified(data, verify)))
     read = time.monotonic() - begin
-    codec.compress(pixels[0][:512, :512], quality=quality)
+    codec.compress(photos[0][0][:512, :512], quality=quality)
     time.sleep(max(0.0, start - time.time()))
     begin = time.monotonic()
-    for one in pixels:
-        codec.compress(np.ascontiguousarray(one), quality=quality)
+    for pixels, verified in photos:
+        encoded = codec.compress(np.ascontiguousarray(pixels), quality=quality)
+        if verified:
+            codec.decode([encoded.data])
     seconds = time.monotonic() - begin
-    return sum(one.shape[0] * one.shape[1] for one in pixels) / 1e6, read, seconds
+    return sum(p.shape[0] * p.shape[1] for p, _ in photos) / 1e6, read, seconds
+
+
+def _shares(files: list[Path], workers: int) -> list[list[Path]]:
+    """Files for each worker: the largest first, each to the one that has least."""
+    shares: list[list[Path]] = [[] for _ in range(workers)]
+    size = [0] * workers
+    for file in sorted(files, key=lambda file: file.stat().st_size, reverse=True):
+        least = size.index(min(size))
+        shares[least].append(file)
+        size[least] += file.stat().st_size
+    return shares
 
 
 def main() -> None:
@@ -54,12 +74,14 @@ def main() -> None:
     parser.add_argument("--verify", choices=("none", "sample", "all"), default="sample")
     args = parser.parse_args()
     files = list_photos([args.photos])
-    shares = [files[i :: args.workers] for i in range(args.workers)]
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
     with context.Pool(args.workers) as pool:
-        start = time.time() + 30
-        jobs = [pool.apply_async(_encode, (share, args.quality, start)) for share in shares]
+        start = time.time() + 30  # by then all have read their files
+        jobs = [
+            pool.apply_async(_encode, (share, args.quality, args.verify, start))
+            for share in _shares(files, args.workers)
+        ]
         told = [job.get() for job in jobs]
     megapixels = sum(one[0] for one in told)
     alone = max(one[2] for one in told)

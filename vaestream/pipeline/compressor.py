@@ -195,7 +195,7 @@ class Compressor:
             reason = "no smaller than the source"
         elif encoded.psnr is not None and encoded.psnr < self._settings.floor(encoded.quality):
             reason = "below the PSNR floor"
-        elif self._is_verified(data) and not self._decodes(encoded, loaded):
+        elif is_verified(data, self._verify) and not self._decodes(encoded, loaded):
             _log.error("%s: the bitstream does not decode to what was encoded", item.url)
             reason = "failed verification"
         if reason is not None:
@@ -222,11 +222,6 @@ class Compressor:
             **_source(item, data),
         )
 
-    def _is_verified(self, data: bytes) -> bool:
-        if self._verify == "sample":
-            return hashlib.sha256(data).digest()[0] % _SAMPLE_OF == 0
-        return self._verify == "all"
-
     def _decodes(self, encoded: Encoded, photo: images.Photo) -> bool:
         (decoded,) = self._codec.decode([encoded.data], max_pixels=None)
         if decoded.shape != photo.pixels.shape:
@@ -236,6 +231,13 @@ class Compressor:
         return math.isclose(
             psnr(photo.pixels, decoded), encoded.psnr, rel_tol=0, abs_tol=_PSNR_TOLERANCE
         )
+
+
+def is_verified(data: bytes, verify: Verify) -> bool:
+    """Whether what is made of a source of these bytes is decoded again."""
+    if verify == "sample":
+        return hashlib.sha256(data).digest()[0] % _SAMPLE_OF == 0
+    return verify == "all"
 
 
 def kept(item: SourceObject, data: bytes, **what: Any) -> Row:

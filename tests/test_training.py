@@ -1,16 +1,23 @@
 """Training learns, survives interruption, and gives weights that code."""
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from conftest import REPOSITORY
 from PIL import Image
 
 from vaestream.codec import Codec
+from vaestream.codec.codec import shipped_weights
 from vaestream.codec.config import ModelConfig
+from vaestream.codec.weights_file import import_weights
 from vaestream.errors import SourceError, WeightsError
 from vaestream.training import calibration
 from vaestream.training.evaluate import evaluate
+from vaestream.training.real_coding import RealCoding
 from vaestream.training.trainer import TrainingSettings, train
 
 CONFIG = ModelConfig(32, 8, 16, 16, 1, 1, 1, 1, 8, 8, (8, 24), 8, 8)
@@ -32,6 +39,24 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def few_crops(monkeypatch: pytest.MonkeyPatch) -> None:
     """For the tables: most of a short run's time goes into coding these."""
     monkeypatch.setattr(calibration, "_CROPS", 8)
+
+
+def test_real_coding_says_what_the_codec_writes() -> None:
+    weights = import_weights(shipped_weights())
+    coding = RealCoding(weights.y_tables, torch.device("cpu"))
+    codec = Codec.load(device="cpu", precision="float32")
+    with Image.open(min((REPOSITORY / "examples" / "photos").glob("*.jp*g"))) as image:
+        pixels = np.asarray(image.convert("RGB"))[:256, :384].copy()
+    x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() - 128
+    for quality in (20.0, 50.0, 90.0):
+        with torch.no_grad():
+            output = weights.model(x, torch.tensor([quality]), relax=coding)
+        encoded = codec.compress(pixels, quality=quality)
+        bits = float(output.y_bits + output.z_bits)
+        # Header, checksums and the last words of the streams are some forty bytes.
+        assert bits == pytest.approx(8 * len(encoded.data), rel=0.02, abs=320)
+        error = float((output.x_hat.round().clamp(-128, 127) - x).square().mean())
+        assert 10 * math.log10(255**2 / error) == pytest.approx(encoded.psnr, abs=0.05)
 
 
 class _Killed(Exception):

@@ -30,6 +30,10 @@ from .priors import (
 )
 from .transforms import QUALITY_NODES, Analysis, QualityTable, Synthesis
 
+Relaxation = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Stands in for coding, differentiably: given values, what is predicted of them and the table index
+of each, all of one shape, it returns the bits and the symbols that are decoded."""
+
 
 @dataclass(frozen=True)
 class TrainingOutput:
@@ -68,11 +72,17 @@ class Hyperprior(nn.Module):
         """(N,) -> (N, latent, 1, 1): latents times this are coded with step 1."""
         return torch.exp(self.log_gain(quality))
 
-    def forward(self, x: Tensor, quality: Tensor, *, linear_only: bool = False) -> TrainingOutput:
+    def forward(
+        self,
+        x: Tensor,
+        quality: Tensor,
+        *,
+        linear_only: bool = False,
+        relax: Relaxation | None = None,
+    ) -> TrainingOutput:
         """x (N, 3, H, W) pixels minus 128, H and W multiples of 64; quality (N,).
 
-        Rates are relaxed with uniform noise, reconstructions rounded with straight-through
-        gradients.
+        relax: for y, by default `noise_and_rounding`, as z has it.
         """
         gain = self.gain(quality)
         y = self.g_a(x, quality, linear_only=linear_only) * gain
@@ -82,7 +92,9 @@ class Hyperprior(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             mean = self.h_s_mean(z_hat, quality)
             features = self.h_s_scale.features(z_hat)
-            y_hat, y_bits = self.relaxed_code(y, mean, features, noise_and_rounding)
+            y_hat, y_bits = self.relaxed_code(
+                y.float(), mean, features, relax or noise_and_rounding
+            )
         x_hat = self.g_s(y_hat / gain, quality, linear_only=linear_only)
         return TrainingOutput(x_hat, y_bits, z_bits.flatten(1).sum(1))
 
@@ -91,28 +103,25 @@ class Hyperprior(nn.Module):
         y: Tensor,
         mean: Tensor,
         features: Tensor,
-        relax: Callable[[Tensor], tuple[Tensor, Tensor]],
+        relax: Relaxation,
     ) -> tuple[Tensor, Tensor]:
         """What coding y would give, differentiably: its reconstruction and its bits, (N,).
 
         y: scaled latents, (N, latent, h, w); mean: what z says of them; features:
-        `ScaleBranch.features` of z. relax stands in for rounding: given what is to be rounded, it
-        returns the value whose bits are counted and the one that is decoded.
+        `ScaleBranch.features` of z.
         """
-        target = y - mean
         residual = torch.empty_like(y[:, :0])
         symbols = torch.empty_like(y[:, :0])
         bits = torch.zeros(len(y), device=y.device)
         for number, p in enumerate(self.config.passes):
-            wanted = target[:, p.start : p.stop]
+            prediction = mean[:, p.start : p.stop]
             if p.known:
                 correction = self.h_s_mean.correction(number, residual)
                 index = self.h_s_scale.index(number, features, symbols.detach())
             else:
-                correction = torch.zeros_like(wanted)
+                correction = torch.zeros_like(prediction)
                 index = self.h_s_scale.index(number, features)
-            counted, coded = relax(wanted - correction)
-            cost = gaussian_bits(counted, scale_of_index(index))
+            cost, coded = relax(y[:, p.start : p.stop], prediction + correction, index)
             decoded = coded + correction
             mask = p.mask(y.shape[2], y.shape[3], y.device)
             if mask is not None:
@@ -126,6 +135,9 @@ class Hyperprior(nn.Module):
         return residual + mean, bits
 
 
-def noise_and_rounding(x: Tensor) -> tuple[Tensor, Tensor]:
-    """For training: bits with additive uniform noise, values rounded with gradients passed on."""
-    return x + torch.rand_like(x) - 0.5, round_ste(x)
+def noise_and_rounding(y: Tensor, prediction: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """`Relaxation`: the bits of a Gaussian with additive uniform noise, and straight-through
+    rounding."""
+    x = y - prediction
+    noisy = x + torch.rand_like(x) - 0.5
+    return gaussian_bits(noisy, scale_of_index(index)), round_ste(x)

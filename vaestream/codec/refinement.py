@@ -14,6 +14,7 @@ from torch import Tensor
 from .bitstream import TILE
 from .config import quality_to_lambda
 from .networks import Networks
+from .priors import gaussian_bits, scale_of_index
 from .transforms import STRIDE
 
 _BLOCK = 2 * TILE  # latents; memory grows with its area
@@ -103,10 +104,10 @@ class _Block:
     def _cost(self, temperature: float) -> Tensor:
         """Bits + lambda * squared error, over all pixels that the block has a say in."""
 
-        def relax(x: Tensor) -> tuple[Tensor, Tensor]:
-            uniform = torch.rand(x.shape, generator=self._noise, device=x.device)
-            soft = _soft_round(x, temperature, uniform)
-            return soft, soft
+        def relax(y: Tensor, prediction: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+            uniform = torch.rand(y.shape, generator=self._noise, device=y.device)
+            soft = _soft_round(y - prediction, temperature, uniform)
+            return gaussian_bits(soft, scale_of_index(index)), soft
 
         y_hat, bits = zip(
             *(

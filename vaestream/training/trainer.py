@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from vaestream.codec.config import STANDARD, ModelConfig
-from vaestream.codec.hyperprior import Hyperprior
-from vaestream.codec.weights_file import import_weights
+from vaestream.codec.entropy import Table
+from vaestream.codec.hyperprior import Hyperprior, TrainingOutput
+from vaestream.codec.weights_file import gaussian_tables, import_weights
 from vaestream.errors import WeightsError
 
 from .calibration import calibrated_weights
 from .data import PhotoSet, list_photos, load_photos
 from .objective import rate_distortion
+from .real_coding import RealCoding
 from .soap import Soap
 
 _VALIDATION_QUALITIES = (10.0, 30.0, 50.0, 70.0, 90.0)
@@ -38,6 +40,7 @@ class TrainingSettings:
     constant: share of the run at the peak; then a cosine to `final_rate` of it.
     linear: share of the run at its start in which only the linear transform and the entropy model
         learn (skipped when the run starts from given weights).
+    real: share of the run at its end in which `RealCoding` takes the place of noise.
     """
 
     batch: int = 4
@@ -49,6 +52,7 @@ class TrainingSettings:
     constant: float = 0.5
     final_rate: float = 0.01
     linear: float = 0.03
+    real: float = 0.25
     validation_photos: int = 16
     max_gigabytes: float = 4.0
     seed: int = 0
@@ -86,10 +90,14 @@ def train(
         ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     )
     torch.manual_seed(settings.seed)
-    model = _load_model(Path(init)) if init is not None else Hyperprior(config or STANDARD)
+    if init is None:
+        model, tables = Hyperprior(config or STANDARD), gaussian_tables()
+    else:
+        model, tables = _load_model(Path(init))
     model.to(torch_device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    run = _Run(model, settings, minutes, steps, linear_start=init is None)
+    coding = RealCoding(tables, torch_device)
+    run = _Run(model, coding, settings, minutes, steps, linear_start=init is None)
     checkpoint = out.with_name(out.name + ".checkpoint")
     if checkpoint.exists():
         run.restore(checkpoint, torch_device)
@@ -127,9 +135,9 @@ def train(
                 on_step(run.step)
             if time.monotonic() - saved > _CHECKPOINT_SECONDS:
                 run.save(checkpoint)
-                record(_validate(run.model, validation, run, torch_device))
+                record(_validate(validation, run, torch_device))
                 saved = time.monotonic()
-        record(_validate(run.model, validation, run, torch_device))
+        record(_validate(validation, run, torch_device))
     run.save(checkpoint)
     _write_atomically(out, calibrated_weights(run.model.cpu().eval(), training))
     checkpoint.unlink()
@@ -137,11 +145,12 @@ def train(
 
 
 class _Run:
-    """The moving state of a run: model, optimiser, clock."""
+    """The moving state of a run: model, optimiser, counts of symbols, clock."""
 
     def __init__(
         self,
         model: Hyperprior,
+        coding: RealCoding,
         settings: TrainingSettings,
         minutes: float | None,
         steps: int | None,
@@ -149,6 +158,7 @@ class _Run:
         linear_start: bool,
     ) -> None:
         self.model = model
+        self.coding = coding
         self.settings = settings
         self.limit_seconds = math.inf if minutes is None else minutes * 60
         self.limit_steps = math.inf if steps is None else steps
@@ -193,6 +203,14 @@ class _Run:
         phase = (p - s.constant) / (1 - s.constant)
         return s.final_rate + (1 - s.final_rate) * 0.5 * (1 + math.cos(math.pi * min(phase, 1)))
 
+    def forward(self, x: Tensor, quality: Tensor) -> TrainingOutput:
+        """The model's output, by the phase of the run."""
+        relax = self.coding if self.progress >= 1 - self.settings.real else None
+        linear_only = self.progress < self.linear
+        with torch.autocast(x.device.type, torch.bfloat16):
+            output: TrainingOutput = self.model(x, quality, linear_only=linear_only, relax=relax)
+        return output
+
     def advance(self, photos: PhotoSet, device: torch.device) -> dict[str, Any] | None:
         """One step; every 100th returns a log entry."""
         start = time.monotonic()
@@ -204,9 +222,8 @@ class _Run:
         # Stratified, so that every batch spans the qualities.
         strata = (np.arange(s.batch) + self.rng.random(s.batch)) * (100 / s.batch)
         quality = torch.from_numpy(strata).float().to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            output = self.model(x, quality, linear_only=self.progress < self.linear)
-        cost = rate_distortion(output, x, quality)
+        cost = rate_distortion(self.forward(x, quality), x, quality)
+        self.coding.advance()
         self.model.zero_grad(set_to_none=True)
         cost.loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -240,6 +257,7 @@ class _Run:
             "step": self.step,
             "seconds": self.seconds,
             "linear": self.linear,
+            "counts": self.coding.counts,
         }
         temporary = path.with_name(path.name + ".tmp")
         torch.save(state, temporary)
@@ -256,6 +274,7 @@ class _Run:
                 optimizer.load_state_dict(held)
             self.step, self.seconds = state["step"], state["seconds"]
             self.linear = state["linear"]
+            self.coding.restore(state["counts"])
         except WeightsError:
             raise
         except Exception as error:  # torch.load raises whatever pickle and zip raise
@@ -264,12 +283,9 @@ class _Run:
 
 
 @torch.no_grad()
-def _validate(
-    model: Hyperprior, photos: PhotoSet, run: _Run, device: torch.device
-) -> dict[str, Any]:
+def _validate(photos: PhotoSet, run: _Run, device: torch.device) -> dict[str, Any]:
     """Estimated bits per pixel and PSNR (dB) of the photos set aside, at fixed qualities."""
     x_all = photos.centers(run.settings.crop)
-    linear_only = run.progress < run.linear
     curve = []
     for quality in _VALIDATION_QUALITIES:
         torch.manual_seed(0)  # the same noise every time, so that curves compare
@@ -277,9 +293,7 @@ def _validate(
         for x in torch.split(x_all, 8):
             x = x.to(device, memory_format=torch.channels_last)
             q = torch.full((len(x),), quality, device=device)
-            with torch.autocast(device.type, torch.bfloat16):
-                output = model(x, q, linear_only=linear_only)
-            cost = rate_distortion(output, x, q)
+            cost = rate_distortion(run.forward(x, q), x, q)
             bpp.append(cost.bpp)
             psnr.append(10 * torch.log10(255**2 / cost.mse))
         curve.append([round(float(torch.cat(v).mean()), 4) for v in (bpp, psnr)])
@@ -287,13 +301,14 @@ def _validate(
     return {"step": run.step, "seconds": round(run.seconds, 1), "validation": curve}
 
 
-def _load_model(path: Path) -> Hyperprior:
-    """The networks of a weights file, ready to learn. Raises WeightsError naming the file."""
+def _load_model(path: Path) -> tuple[Hyperprior, list[Table]]:
+    """The networks of a weights file, ready to learn, and its tables of y. Raises WeightsError
+    naming the file."""
     try:
-        model = import_weights(path.read_bytes()).model
+        weights = import_weights(path.read_bytes())
     except (OSError, WeightsError) as error:
         raise WeightsError(f"{path}: {error}") from error
-    return model.train().requires_grad_(True)
+    return weights.model.train().requires_grad_(True), weights.y_tables
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

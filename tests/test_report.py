@@ -285,6 +285,9 @@ def test_the_job_writes_it_once(weights: Path, tmp_path: Path) -> None:
     assert "<i>cut.png" in page.text and len(page.pictures()) == 4
     again = vaestream.compress(source, archive, **options)
     assert again.up_to_date and (archive / "report.html").read_text() == written
+    (archive / "report.html").unlink()  # as if killed just before
+    assert vaestream.compress(source, archive, **options).up_to_date
+    assert "Made from the archive alone" in Page((archive / "report.html").read_text()).text
     vaestream.compress(source, archive, quality=20, overwrite=True, **options)
     assert (archive / "report.html").read_text() != written
     assert verify(str(archive)) == []

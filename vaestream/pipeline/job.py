@@ -14,6 +14,7 @@ from typing import Any
 
 from vaestream.archive.manifest import Manifest, PartInfo, PartStats
 from vaestream.archive.reader import open_archive
+from vaestream.archive.storage import exists, join, remove
 from vaestream.errors import ArchiveError, VaestreamError
 from vaestream.pipeline.cluster import (
     Device,
@@ -216,6 +217,8 @@ def compress(
                         progress(waves.progress(made, time.monotonic() - begin))
             new += (part for part in made if part.part_id not in waves.rewritten)
             with lease.turn():
+                # It tells of the archive that stood here, and a kill may come before the next one.
+                remove(place.fs, join(place.root, REPORT))
                 if place.commit(
                     [*work.parts, *made], dropped=work.dropped, alone=not lease.others()
                 ):
@@ -230,6 +233,8 @@ def compress(
     seconds = time.monotonic() - begin
     if lease is not None:
         _report(prepared.url, Run(seconds, moments), storage_options)
+    elif not exists(place.fs, join(place.root, REPORT)):
+        _report(prepared.url, None, storage_options)
     return _summary(
         place.manifest,
         new,
@@ -349,7 +354,7 @@ class _Waves:
         return wave
 
 
-def _report(url: str, run: Run, storage_options: Mapping[str, Any] | None) -> None:
+def _report(url: str, run: Run | None, storage_options: Mapping[str, Any] | None) -> None:
     """Write the report of a committed archive. It is no part of it: without it the job is as done,
     and whatever keeps it from being written is a warning."""
     try:

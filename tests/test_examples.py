@@ -2,15 +2,17 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from conftest import REPOSITORY
-from photos import fill, png
-from PIL import Image
+from photos import fill, pixels, png
+from PIL import ExifTags, Image
 from without_ray import without_ray
 
 import vaestream
@@ -98,13 +100,80 @@ def test_pillow_plugin(tmp_path: Path) -> None:
         assert image.size == (96, 72)
 
 
+def module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def sources(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The same photos for each of the training loops' sources, some of them on their side."""
+    wds = pytest.importorskip("webdataset")
+    folder = tmp_path_factory.mktemp("loops")
+    (folder / "files").mkdir()
+    shards = str(folder / "shard-%06d.tar")
+    with wds.ShardWriter(shards, maxcount=3, verbose=0) as writer:
+        for seed in range(6):
+            path = folder / "files" / f"{seed}.jpg"
+            exif = Image.Exif()
+            exif[ExifTags.Base.Orientation] = 1 + seed
+            Image.fromarray(pixels(seed, 224, 224)).save(path, quality=95, exif=exif)
+            writer.write({"__key__": path.stem, "jpg": path.read_bytes()})
+    with without_ray():
+        vaestream.compress(folder / "files", folder / "archive", weights=weights, min_psnr=0.0)
+    return {
+        "files": str(folder / "files"),
+        "archive": str(folder / "archive"),
+        "webdataset": shards.replace("%06d", "{000000..000001}"),
+    }
+
+
+@pytest.mark.parametrize("source", ["files", "archive", "webdataset"])
+def test_a_training_loop_sees_every_photo_in_every_epoch(
+    sources: dict[str, str], source: str
+) -> None:
+    told = run("training_loops.py", source, sources[source], "--workers", 1, "--batch-size", 4)
+    assert [line.split(",")[0] for line in told.splitlines()] == [
+        "epoch 0: 6 photos",
+        "epoch 1: 6 photos",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "levels"), [("files", 0.0), ("archive", 8.0), ("webdataset", 0.0)]
+)
+def test_training_loops_get_the_same_photos_from_each_source(
+    sources: dict[str, str], source: str, levels: float
+) -> None:
+    loops = module("training_loops")
+
+    def epochs(count: int) -> list[torch.Tensor]:
+        batches = getattr(loops, source)(sources[source], batch_size=4, workers=0, seed=0)
+        return [torch.cat(list(batches)).float() for _ in range(count)]
+
+    # As large as the crop, which is therefore the whole.
+    upright = [loops.upright(Image.open(path)) for path in Path(sources["files"]).iterdir()]
+    first, *later = epochs(4)
+    apart = torch.stack([(first - photo).abs().mean((1, 2, 3)) for photo in upright])
+    assert len(first) == len(upright) == len(set(apart.argmin(0).tolist()))
+    assert apart.amin(0).max() <= levels
+    assert torch.equal(first, epochs(1)[0]), "the seed makes the order"
+    assert any(not torch.equal(first, other) for other in later), "epochs have orders of their own"
+
+
+def test_the_page_shows_the_training_loops_as_they_are() -> None:
+    page = (REPOSITORY / "docs" / "training-loops.md").read_text()
+    program = (EXAMPLES / "training_loops.py").read_text()
+    shown = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(shown) == 3 and all(code in program for code in shown)
+
+
 @pytest.fixture
 def demo() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("demo", EXAMPLES / "demo.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module("demo")
 
 
 def test_the_demo_runs_twice(

@@ -30,12 +30,14 @@ class FaultyProxy:
     """A context manager: in it calls to `url` reach the server at `target`, or meet a fault.
 
     rule: may be set at any time. met: how many calls have met which fault; calls: all of them.
+    sent: the length of each answer of the server's that has been passed on, 0 where it has no body.
     """
 
     def __init__(self, target: str, rule: Rule | None = None) -> None:
         self.rule = rule
         self.met: Counter[str] = Counter()
         self.calls = 0
+        self.sent: list[int] = []
         self.closing = threading.Event()
         self._target = urlsplit(target).netloc
         self._lock = threading.Lock()
@@ -153,6 +155,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(status, headers, data, cut=True)
             self._close()
         else:
+            # Before it is sent: who has it counts on it.
+            proxy.sent.append(len(data))
             self._answer(status, headers, data)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _handle

@@ -83,6 +83,14 @@ def test_blocks_are_cut_by_decoded_bytes(archive: vaestream.Archive) -> None:
     assert len(source.get_read_tasks(5)) >= 5
 
 
+def test_ray_reads_the_parts_as_plain_parquet(archive: vaestream.Archive) -> None:
+    parts = [f"{archive.url}/{part.name}" for part in archive.manifest.parts]
+    found = by_key(ray.data.read_parquet(parts).take_all())
+    assert sorted(found) == archive.keys()
+    for key, blob in zip(found, archive.blobs(list(found)), strict=True):
+        assert found[key]["image"] == {"bytes": blob, "path": key}
+
+
 def test_views_are_read(archive: vaestream.Archive) -> None:
     for row in read_archive(archive.url, keys=NAMES[:2], max_size=24).take_all():
         assert row["image"].shape == (18, 24, 3)

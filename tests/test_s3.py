@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import s3fs
+from archive_samples import byte_rows, commit
 from photos import png, stored
 from s3_faults import Fault, FaultyProxy, after, share
 from s3_server import KEY, SECRET, S3Server, options_for
@@ -105,6 +106,39 @@ def test_every_object_has_its_row(
         path = f"{bucket}/photos/{row.key}"
         assert (row.source_url, row.source_etag) == (f"s3://{path}", fs.info(path)["ETag"])
     assert not any(name.startswith(".vaestream-job") for name in peaceful)
+
+
+def test_a_photo_is_one_request_for_its_bytes_alone(s3: S3Server, bucket: str) -> None:
+    rows = list(byte_rows(100, size=40_000))
+    url = f"s3://{bucket}/hundred"
+    commit(url, {"a": rows}, storage_options=s3.options)
+    with FaultyProxy(s3.url) as proxy:
+        archive = vaestream.open(url, storage_options=options_for(proxy.url))
+        for wanted in (rows[0], rows[51], rows[99]):
+            proxy.sent.clear()
+            assert archive.blob(wanted.key) == wanted.data
+            assert proxy.sent == [len(wanted.data)]
+        neighbours, apart = rows[20:52], rows[::25]
+        for some in (neighbours, apart):
+            proxy.sent.clear()
+            assert archive.blobs([row.key for row in some]) == [row.data for row in some]
+            asked = sum(len(row.data) for row in some)
+            assert asked <= sum(proxy.sent) <= 1.02 * asked
+            assert len(proxy.sent) == (1 if some is neighbours else len(some))
+
+
+@pytest.mark.usefixtures("peaceful")
+def test_a_decoded_photo_is_one_request_too(s3: S3Server, bucket: str) -> None:
+    with FaultyProxy(s3.url) as proxy:
+        url = f"s3://{bucket}/peaceful"
+        archive = vaestream.open(url, storage_options=options_for(proxy.url))
+        assert archive.codec  # the model, once for all photos
+        for name in ("2019/a.png", "2019/f.png"):
+            blob = archive.blob(name)
+            proxy.sent.clear()
+            assert archive.read([name])[0].shape == (72, 96, 3)
+            assert archive[name].size == (96, 72)
+            assert proxy.sent == [len(blob)] * 2
 
 
 def test_the_same_sources_give_the_same_bytes_elsewhere(

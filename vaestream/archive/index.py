@@ -60,6 +60,7 @@ _READ_COLUMNS = [
 ]
 _THREADS = 16
 _GROUP_ROWS = 1 << 15
+_COLUMNS = 3
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -95,7 +96,28 @@ def load_index(fs: fsspec.AbstractFileSystem, root: str, sha256: str) -> pa.Tabl
         raise DamagedArchiveError(f"{path}: index: its SHA-256 is not the manifest's")
     # One thread, and not through a dataset: see `RangeFile`, it is the same with Python's bytes.
     parquet = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
-    return parquet.read(use_threads=False).combine_chunks()
+    names = parquet.schema_arrow.names
+    tables = [_columns(parquet, names[i : i + _COLUMNS]) for i in range(0, len(names), _COLUMNS)]
+    columns = [column for table in tables for column in table.columns]
+    return pa.Table.from_arrays(columns, schema=parquet.schema_arrow)
+
+
+def _columns(parquet: pq.ParquetFile, names: list[str]) -> pa.Table:
+    """Some columns of a file, each in one chunk.
+
+    pyarrow's allocator keeps what decoding has taken and freed: with all columns decoded at once
+    that is more than the index itself. So they are decoded a few at a time, moved to memory of the
+    system's, and what the allocator holds is given back.
+    """
+    groups = [
+        parquet.read_row_group(group, names, use_threads=False)
+        for group in range(parquet.num_row_groups)
+    ]
+    groups.append(parquet.schema_arrow.empty_table().select(names))
+    table = pa.concat_tables(groups).combine_chunks(memory_pool=pa.system_memory_pool())
+    groups.clear()
+    pa.default_memory_pool().release_unused()
+    return table
 
 
 def index_of(fs: fsspec.AbstractFileSystem, root: str, names: Sequence[str]) -> pa.Table:

@@ -109,7 +109,9 @@ class Archive:
         self._pid = os.getpid()
 
     def _reset(self) -> None:
-        self._keys = self.index["key"].combine_chunks()
+        keys = self.index["key"]
+        # `combine_chunks` copies even what is in one.
+        self._keys = keys.chunk(0) if keys.num_chunks == 1 else keys.combine_chunks()
         self._lock = threading.RLock()
         self._codec: Codec | None = None
         self._parts: dict[str, _Part] = {}

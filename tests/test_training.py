@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,22 @@ def test_weights_train_on(photos: Path, tmp_path: Path) -> None:
     train([photos], out=first, steps=5, config=CONFIG, settings=SETTINGS, log=lambda _: None)
     train([photos], out=second, init=first, steps=5, settings=SETTINGS, log=lambda _: None)
     assert Codec.load(second, device="cpu").networks.config == CONFIG
+
+
+def test_real_coding_leaves_the_encoder_alone_if_asked(photos: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    train([photos], out=first, steps=5, config=CONFIG, settings=SETTINGS, log=lambda _: None)
+    finish = replace(SETTINGS, real=True, encoder=False)
+    with pytest.raises(ValueError, match="weights to start from"):
+        train([photos], out=second, steps=5, config=CONFIG, settings=finish)
+    train([photos], out=second, init=first, steps=5, settings=finish, log=lambda _: None)
+    before, after = (import_weights(path.read_bytes()).model for path in (first, second))
+    changed = {
+        name.split(".")[0]
+        for (name, one), other in zip(before.named_parameters(), after.parameters(), strict=True)
+        if not torch.equal(one, other)
+    }
+    assert changed == {"g_s", "h_s_mean", "h_s_scale", "z_prior"}
 
 
 def test_unusable_input_is_named(photos: Path, tmp_path: Path) -> None:

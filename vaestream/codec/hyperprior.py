@@ -82,7 +82,7 @@ class Hyperprior(nn.Module):
     ) -> TrainingOutput:
         """x (N, 3, H, W) pixels minus 128, H and W multiples of 64; quality (N,).
 
-        relax: for y, by default `noise_and_rounding`, as z has it.
+        relax: for y; `noise_and_rounding`, as z has it, where none is given.
         """
         gain = self.gain(quality)
         y = self.g_a(x, quality, linear_only=linear_only) * gain

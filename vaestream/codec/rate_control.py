@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from .entropy import Table
 
-DEAD_ZONE = 0.5
+DEAD_ZONE = 0.6
 _SQUARED_ERROR_OF_A_BIT = math.log(2) / 6
 
 _Numbers = TypeVar("_Numbers", NDArray[np.float64], torch.Tensor)

@@ -15,8 +15,13 @@ from torch import Tensor
 
 from vaestream.codec.config import STANDARD, ModelConfig
 from vaestream.codec.entropy import Table
-from vaestream.codec.hyperprior import Hyperprior, TrainingOutput
-from vaestream.codec.weights_file import gaussian_tables, import_weights
+from vaestream.codec.hyperprior import (
+    Hyperprior,
+    Relaxation,
+    TrainingOutput,
+    noise_and_rounding,
+)
+from vaestream.codec.weights_file import import_weights
 from vaestream.errors import WeightsError
 
 from .calibration import calibrated_weights
@@ -40,7 +45,8 @@ class TrainingSettings:
     constant: share of the run at the peak; then a cosine to `final_rate` of it.
     linear: share of the run at its start in which only the linear transform and the entropy model
         learn (skipped when the run starts from given weights).
-    real: share of the run at its end in which `RealCoding` takes the place of noise.
+    real: learn with `RealCoding`, by the tables of the given weights, in place of noise.
+    encoder: whether what the decoder has no part in learns too: g_a, h_a and the gains.
     """
 
     batch: int = 4
@@ -52,7 +58,8 @@ class TrainingSettings:
     constant: float = 0.5
     final_rate: float = 0.01
     linear: float = 0.03
-    real: float = 0.25
+    real: bool = False
+    encoder: bool = True
     validation_photos: int = 16
     max_gigabytes: float = 4.0
     seed: int = 0
@@ -90,14 +97,18 @@ def train(
         ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     )
     torch.manual_seed(settings.seed)
+    relax: Relaxation = noise_and_rounding
     if init is None:
-        model, tables = Hyperprior(config or STANDARD), gaussian_tables()
+        if settings.real:
+            raise ValueError("real coding needs weights to start from")
+        model = Hyperprior(config or STANDARD)
     else:
         model, tables = _load_model(Path(init))
+        if settings.real:
+            relax = RealCoding(tables, torch_device)
     model.to(torch_device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    coding = RealCoding(tables, torch_device)
-    run = _Run(model, coding, settings, minutes, steps, linear_start=init is None)
+    run = _Run(model, relax, settings, minutes, steps, linear_start=init is None)
     checkpoint = out.with_name(out.name + ".checkpoint")
     if checkpoint.exists():
         run.restore(checkpoint, torch_device)
@@ -145,12 +156,12 @@ def train(
 
 
 class _Run:
-    """The moving state of a run: model, optimiser, counts of symbols, clock."""
+    """The moving state of a run: model, optimiser, clock."""
 
     def __init__(
         self,
         model: Hyperprior,
-        coding: RealCoding,
+        relax: Relaxation,
         settings: TrainingSettings,
         minutes: float | None,
         steps: int | None,
@@ -158,7 +169,7 @@ class _Run:
         linear_start: bool,
     ) -> None:
         self.model = model
-        self.coding = coding
+        self._relax = relax
         self.settings = settings
         self.limit_seconds = math.inf if minutes is None else minutes * 60
         self.limit_steps = math.inf if steps is None else steps
@@ -166,11 +177,16 @@ class _Run:
         self.step = 0
         self.seconds = 0.0
         self.rng = np.random.default_rng(settings.seed)
+        encoder = {"g_a", "h_a", "log_gain"}
         entropy = {"h_a", "h_s_mean", "h_s_scale", "z_prior", "log_gain"}
         groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
-            factor = 1.0
-            if name.split(".")[0] in entropy:
+            part, factor = name.split(".")[0], 1.0
+            if part in encoder:
+                parameter.requires_grad_(settings.encoder)
+            if not parameter.requires_grad:
+                continue
+            if part in entropy:
                 factor = settings.entropy_rate
             elif name.endswith(".linear"):
                 factor = settings.linear_rate
@@ -204,11 +220,12 @@ class _Run:
         return s.final_rate + (1 - s.final_rate) * 0.5 * (1 + math.cos(math.pi * min(phase, 1)))
 
     def forward(self, x: Tensor, quality: Tensor) -> TrainingOutput:
-        """The model's output, by the phase of the run."""
-        relax = self.coding if self.progress >= 1 - self.settings.real else None
+        """The model's output, in bfloat16 where that does, by the phase of the run."""
         linear_only = self.progress < self.linear
         with torch.autocast(x.device.type, torch.bfloat16):
-            output: TrainingOutput = self.model(x, quality, linear_only=linear_only, relax=relax)
+            output: TrainingOutput = self.model(
+                x, quality, linear_only=linear_only, relax=self._relax
+            )
         return output
 
     def advance(self, photos: PhotoSet, device: torch.device) -> dict[str, Any] | None:
@@ -223,7 +240,6 @@ class _Run:
         strata = (np.arange(s.batch) + self.rng.random(s.batch)) * (100 / s.batch)
         quality = torch.from_numpy(strata).float().to(device)
         cost = rate_distortion(self.forward(x, quality), x, quality)
-        self.coding.advance()
         self.model.zero_grad(set_to_none=True)
         cost.loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -257,7 +273,6 @@ class _Run:
             "step": self.step,
             "seconds": self.seconds,
             "linear": self.linear,
-            "counts": self.coding.counts,
         }
         temporary = path.with_name(path.name + ".tmp")
         torch.save(state, temporary)
@@ -274,7 +289,6 @@ class _Run:
                 optimizer.load_state_dict(held)
             self.step, self.seconds = state["step"], state["seconds"]
             self.linear = state["linear"]
-            self.coding.restore(state["counts"])
         except WeightsError:
             raise
         except Exception as error:  # torch.load raises whatever pickle and zip raise

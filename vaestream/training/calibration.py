@@ -21,17 +21,23 @@ def calibrated_weights(model: Hyperprior, photos: PhotoSet, *, seed: int = 0) ->
     """Bytes of a weights file whose tables follow the symbols of crops of `photos`.
 
     A Gaussian of the predicted scale is a good guess of a symbol's distribution; the counted one
-    has the heavier tails of real residuals and the narrower centre of dead-zone rounding. The
-    model is on the CPU.
+    has the heavier tails of real residuals and the narrower centre of dead-zone rounding. As that
+    follows from the tables, they are counted twice. The model is on the CPU.
     """
-    codec = Codec(export_weights(model), torch.device("cpu"), torch.float32)
-    rng = np.random.default_rng(seed)
-    total: list[NDArray[np.int64]] | None = None
-    for crop in _crops(photos, rng):
+    crops = _crops(photos, np.random.default_rng(seed))
+    first = export_weights(model, _counts(export_weights(model), crops))
+    return export_weights(model, _counts(first, crops))
+
+
+def _counts(weights: bytes, crops: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.int64]]:
+    """`Codec.count_symbols`, summed over crops and qualities."""
+    codec = Codec(weights, torch.device("cpu"), torch.float32)
+    total: list[NDArray[np.int64]] = []
+    for crop in crops:
         for quality in _QUALITIES:
             counts = codec.count_symbols(crop, quality)
-            total = counts if total is None else [a + b for a, b in zip(total, counts, strict=True)]
-    return export_weights(model, total)
+            total = [a + b for a, b in zip(total, counts, strict=True)] if total else counts
+    return total
 
 
 def _crops(photos: PhotoSet, rng: np.random.Generator) -> Sequence[NDArray[np.uint8]]:

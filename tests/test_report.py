@@ -6,11 +6,15 @@ import io
 import logging
 import shutil
 import subprocess
+import tarfile
+import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from archive_samples import commit, row, stand_in
 from archive_samples import png as png_of
@@ -291,6 +295,40 @@ def test_the_job_writes_it_once(weights: Path, tmp_path: Path) -> None:
     vaestream.compress(source, archive, quality=20, overwrite=True, **options)
     assert (archive / "report.html").read_text() != written
     assert verify(str(archive)) == []
+
+
+@pytest.mark.parametrize("name", ["p.tar", "p.tar.gz", "p.zip", "p.parquet"])
+@without_ray()
+def test_members_of_containers_are_shown_beside_their_photos(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    files = {f"sub/{seed}#::x.png": png(seed) for seed in (1, 2)}
+    container = tmp_path / name
+    if name.endswith(".parquet"):
+        images = [{"bytes": data, "path": key} for key, data in files.items()]
+        pq.write_table(pa.table({"image": images}), container)
+    elif name.endswith(".zip"):
+        with zipfile.ZipFile(container, "w") as archive:
+            for key, data in files.items():
+                archive.writestr(key, data)
+    else:
+        with tarfile.open(container, "w:gz" if name.endswith("gz") else "w") as tar:
+            for key, data in files.items():
+                info = tarfile.TarInfo(key)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    out = tmp_path / "archive"
+    vaestream.compress(container, out, weights=weights, min_psnr=0.0)
+    worst = gather(open_archive(str(out))).worst
+    assert sorted(one.key for one in worst) == sorted(files)
+    assert all(one.source is not None and one.source_note is None for one in worst)
+    monkeypatch.setattr(report, "_SEARCH_SECONDS", 0.0)
+    notes = [one.source_note for one in gather(open_archive(str(out))).worst]
+    assert "source not read: to find it in what holds it takes too long" in notes
+    container.unlink()
+    assert {one.source_note for one in gather(open_archive(str(out))).worst} == {
+        "source is no longer there"
+    }
 
 
 def test_a_browser_shows_it(archive: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from fsspec import AbstractFileSystem
 from vaestream.archive.retries import LISTING_SECONDS, may_pass, retrying
 from vaestream.archive.storage import public_url
 from vaestream.errors import SourceError
-from vaestream.pipeline.members import Found, is_container, list_members
+from vaestream.pipeline.members import is_container, list_members, member_url
 from vaestream.pipeline.plan import SourceObject, Version, escape, safe_key
 from vaestream.pipeline.stores import protocol_of, store_of
 from vaestream.pipeline.tables import is_list, is_parquet, listed_urls, parquet_kind
@@ -285,13 +285,8 @@ def _members(
             key = f"{stem}~{names[key]}{ending}"
         version = Version(found.size, found.mtime, state)
         yield SourceObject(
-            prefix + key, store, path, _member_url(url, found), version, found.member, found.problem
+            prefix + key, store, path, member_url(url, found), version, found.member, found.problem
         )
-
-
-def _member_url(url: str, found: Found) -> str:
-    """As fsspec opens it, for members of tar and zip."""
-    return f"{found.kind}://{escape(found.name)}::{url}" if found.kind else f"{url}#{found.name}"
 
 
 def _listed(

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
 from vaestream.archive.storage import RangeFile, file_size
-from vaestream.pipeline.plan import Cell, Member, SourceObject, Span, ZipMember
+from vaestream.pipeline.plan import Cell, Member, SourceObject, Span, ZipMember, escape
 from vaestream.pipeline.tables import PARQUET_ENDING, image_cells
 
 _TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -72,6 +72,20 @@ def list_members(fs: AbstractFileSystem, path: str) -> Iterator[Found]:
             yield from _in_zip(file, path)
         else:
             yield from _in_tar(file, path)
+
+
+def member_url(container: str, found: Found) -> str:
+    """The URL by which a member is told: for those of tar and zip, as fsspec opens it."""
+    name = escape(found.name)
+    return f"{found.kind}://{name}::{container}" if found.kind else f"{container}#{name}"
+
+
+def container_url(url: str) -> str | None:
+    """The container's URL in a member's, None where it is not one's."""
+    if url.startswith(("tar://", "zip://")) and "::" in url:
+        return url.rpartition("::")[2]
+    end = url.lower().find(PARQUET_ENDING + "#")
+    return None if end < 0 else url[: end + len(PARQUET_ENDING)]
 
 
 class MemberReader:

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import threading
+import time
 from bisect import insort
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,14 @@ from vaestream.archive.reader import Archive
 from vaestream.archive.storage import RangeFile, file_size, join, open_store, put_bytes
 from vaestream.archive.writer import model_path
 from vaestream.errors import DamagedArchiveError, VaestreamError
+from vaestream.pipeline.members import (
+    MemberError,
+    MemberReader,
+    container_url,
+    list_members,
+    member_url,
+)
+from vaestream.pipeline.plan import SourceObject, Version
 from vaestream.pipeline.stores import protocol_of, store_of
 
 REPORT = "report.html"
@@ -46,7 +55,10 @@ _MOST_KINDS = 1000
 _THREADS = 8
 _MAX_PIXELS = 64_000_000
 _MAX_SOURCE_BYTES = 256 << 20
-_SIDE, _CROP = 320, 144
+_SEARCH_SECONDS = 30.0
+_SIDE, _CROP, _REGION = 320, 144, 512
+_WHOLE_PIXELS = 2_000_000
+"""Photos of more are decoded small, with a region of them at full size."""
 _PICTURE_BYTES = 22_000
 _PROFILE_BYTES = 4096
 _COLUMNS = [
@@ -252,7 +264,8 @@ def gather(
         except VaestreamError:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    sources = _Sources(storage_options)
+    with _Sources(storage_options) as sources:
+        photos = [_look_at(archive, row, sources) for row in tally.worst()]
     kinds = sorted(tally.kinds.values(), key=lambda kind: (-kind.count, kind.text))
     model_bytes = None
     if manifest.model_id is not None:
@@ -272,7 +285,7 @@ def gather(
         bpp=tally.bpp,
         psnr=tally.psnr,
         equal=tally.equal,
-        worst=[_look_at(archive, row, sources) for row in tally.worst()],
+        worst=photos,
         errors=kinds[:_KINDS],
         other_errors=tally.other_errors + sum(kind.count for kind in kinds[_KINDS:]),
         run=run,
@@ -362,36 +375,72 @@ class _Reversed:
 
 
 class _Sources:
-    """Sources, read again; a store that cannot be reached is asked once."""
+    """Sources, read again; a store that cannot be reached is asked once, and tars are searched for
+    their members for `_SEARCH_SECONDS` in all."""
 
     def __init__(self, storage_options: Mapping[str, Any] | None) -> None:
         self._options = storage_options
         self._gone: set[str] = set()
+        self._search_seconds = _SEARCH_SECONDS
+        self._members = MemberReader()
+
+    def __enter__(self) -> "_Sources":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._members.close()
 
     def read(self, row: Mapping[str, Any]) -> tuple[bytes | None, str | None]:
         """The bytes from which the row was made, or why they are not to be had."""
         url, size = row["source_url"], row["source_size"]
         if size > _MAX_SOURCE_BYTES:
             return None, "source too large to be read again"
-        protocol = protocol_of(url)
+        container = container_url(url)
+        protocol = protocol_of(container or url)
         if protocol in self._gone:
             return None, "source not read: its store could not be reached"
         try:
-            fs, path = store_of(url, self._options)
+            fs, path = store_of(container or url, self._options)
+            if container is not None:
+                data = self._member(fs, path, container, url, size)
             # The size first: whatever lies there now is not read when it is something else.
-            if fs.info(path).get("size") not in (None, size):
-                return None, "source has changed since"
-            data: bytes = fs.cat_file(path)
+            elif fs.info(path).get("size") not in (None, size):
+                raise _Gone("source has changed since")
+            else:
+                data = bytes(fs.cat_file(path))
+        except _Gone as gone:
+            return None, str(gone)
         except FileNotFoundError:
             return None, "source is no longer there"
         except Exception as error:  # every store has errors of its own
-            if not isinstance(error, PermissionError) and protocol not in ("file", "local"):
+            local = protocol in ("file", "local")
+            if not (isinstance(error, PermissionError | MemberError) or local):
                 self._gone.add(protocol)
             # Not its text, which may show what a store was opened with.
             return None, f"source cannot be read again ({type(error).__name__})"
         if hashlib.sha256(data).hexdigest() != row["source_sha256"]:
             return None, "source has changed since"
         return data, None
+
+    def _member(
+        self, fs: AbstractFileSystem, path: str, container: str, url: str, size: int
+    ) -> bytes:
+        begin = time.monotonic()
+        try:
+            for found in list_members(fs, path):
+                if member_url(container, found) == url and found.size in (None, size):
+                    version = Version(found.size)
+                    item = SourceObject("", 0, path, url, version, found.member)
+                    return self._members.read(fs, item, max_bytes=size)
+                if time.monotonic() - begin > self._search_seconds:
+                    raise _Gone("source not read: to find it in what holds it takes too long")
+        finally:
+            self._search_seconds -= time.monotonic() - begin
+        raise _Gone("source is no longer there")
+
+
+class _Gone(Exception):
+    """What the text says of a source."""
 
 
 def _look_at(archive: Archive, row: Mapping[str, Any], sources: _Sources) -> WorstPhoto:
@@ -404,12 +453,14 @@ def _look_at(archive: Archive, row: Mapping[str, Any], sources: _Sources) -> Wor
     if pixels > _MAX_PIXELS:
         note = f"not shown: more than {_MAX_PIXELS // 1_000_000} megapixels"
         return WorstPhoto(**facts, decoded_note=note, source_note=note)
+    large = pixels > _WHOLE_PIXELS
     decoded: Pixels | None = None
     original: Pixels | None = None
     icc: bytes | None = None
     try:
-        image = archive[row["key"]]
-        decoded, icc = np.asarray(image), image.info.get("icc_profile")
+        codec, blob = archive.codec, archive.blob(row["key"])
+        icc = archive.payloads([row["key"]])[0].icc
+        (decoded,) = codec.decode([blob], max_size=_SIDE if large else None)
         facts["decoded"] = _thumbnail(decoded, icc)
     except VaestreamError as error:
         facts["decoded_note"] = f"cannot be decoded: {error}"
@@ -424,12 +475,36 @@ def _look_at(archive: Archive, row: Mapping[str, Any], sources: _Sources) -> Wor
             facts["source"] = _thumbnail(original, loaded.icc)
         else:
             facts["source_note"] = "source is not read as a photo any more"
-    if decoded is not None and original is not None and decoded.shape == original.shape:
+    if decoded is None or original is None:
+        return WorstPhoto(**facts)
+    if large:
+        left, top, width, height = region = _busiest(original)
+        original = original[top : top + height, left : left + width]
+        with suppress(VaestreamError):  # a damaged tile: verify tells
+            (decoded,) = codec.decode([blob], region=region)
+    if decoded.shape == original.shape:
         left, top, right, bottom = _where_they_differ(original, decoded)
-        if (right - left, bottom - top) != (decoded.shape[1], decoded.shape[0]):
+        if large or (right - left, bottom - top) != (decoded.shape[1], decoded.shape[0]):
             facts["source_crop"] = _jpeg(original[top:bottom, left:right], icc)
             facts["decoded_crop"] = _jpeg(decoded[top:bottom, left:right], icc)
     return WorstPhoto(**facts)
+
+
+def _busiest(pixels: Pixels) -> tuple[int, int, int, int]:
+    """Region (left, top, width, height) of `_REGION` pixels a side, or the picture's where that is
+    less, with the most detail in every fourth pixel: there a codec errs most."""
+    height, width = pixels.shape[:2]
+    side = [min(_REGION, height), min(_REGION, width)]
+    if min(side) < 8:
+        return 0, 0, side[1], side[0]
+    sparse = pixels[::4, ::4].reshape(-(-height // 4), -(-width // 4), -1)[..., :1].astype(np.int16)
+    steps = np.abs(np.diff(sparse, axis=0))[:, :-1] + np.abs(np.diff(sparse, axis=1))[:-1]
+    row, column = _largest_cell(steps, _REGION // 8)
+    top, left = (
+        max(0, min(size - own, at * (_REGION // 2) - own // 4))
+        for size, own, at in zip((height, width), side, (row, column), strict=True)
+    )
+    return left, top, side[1], side[0]
 
 
 def _where_they_differ(one: Pixels, other: Pixels) -> tuple[int, int, int, int]:
@@ -437,16 +512,22 @@ def _where_they_differ(one: Pixels, other: Pixels) -> tuple[int, int, int, int]:
     is largest, over cells of a quarter of that."""
     height, width = one.shape[:2]
     cell = _CROP // 4
-    rows, columns = height // cell, width // cell
-    if rows < 1 or columns < 1:
+    if min(height, width) < cell:
         return 0, 0, min(width, _CROP), min(height, _CROP)
-    difference = np.maximum(one, other) - np.minimum(one, other)
-    cells = difference[: rows * cell, : columns * cell].reshape(rows, cell, columns, cell, -1)
-    amount = cells.mean(axis=(1, 3, 4))
-    row, column = divmod(int(amount.argmax()), columns)
+    row, column = _largest_cell(np.maximum(one, other) - np.minimum(one, other), cell)
     left = max(0, min(width - _CROP, column * cell - (_CROP - cell) // 2))
     top = max(0, min(height - _CROP, row * cell - (_CROP - cell) // 2))
     return left, top, min(width, left + _CROP), min(height, top + _CROP)
+
+
+def _largest_cell(values: npt.NDArray[Any], side: int) -> tuple[int, int]:
+    """Row and column, in cells of `side` x `side`, of the largest mean of values (H, W, ...); what
+    does not fill a cell does not count."""
+    tall, wide = (min(side, size) for size in values.shape[:2])
+    rows, columns = values.shape[0] // tall, values.shape[1] // wide
+    cells = values[: rows * tall, : columns * wide].reshape(rows, tall, columns, wide, -1)
+    row, column = divmod(int(cells.mean(axis=(1, 3, 4)).argmax()), columns)
+    return row, column
 
 
 def _thumbnail(pixels: Pixels, icc: bytes | None) -> Picture:

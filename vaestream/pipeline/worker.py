@@ -20,6 +20,7 @@ from vaestream.archive.schema import Row
 from vaestream.archive.storage import join
 from vaestream.archive.writer import committed_part, write_part
 from vaestream.errors import VaestreamError
+from vaestream.pipeline.allocator import keep_freed_memory
 from vaestream.pipeline.attempts import ISOLATE_AFTER, begin_attempt, end_attempts
 from vaestream.pipeline.compressor import Compressor, Settings, Verify
 from vaestream.pipeline.fetch import Witnesses, fetch_all
@@ -58,6 +59,7 @@ class WorkerSpec:
 
     def __call__(self) -> Compressor:
         """Make the compressor of this process (see `isolate.Make`)."""
+        keep_freed_memory()
         torch.set_num_threads(self.threads)
         codec = load_codec(self.fs, self.root, self.model_id, device=self.device)
         return Compressor(codec, self.settings, self.verify)

@@ -162,6 +162,21 @@ def test_an_index_ascends_over_parts_side_by_side_and_among_each_other(
     assert files(tmp_path) == before
 
 
+def test_an_index_is_made_part_by_part_where_keys_ascend_from_part_to_part(tmp_path: Path) -> None:
+    for part_id in "abcd":
+        rows = [row(f"{part_id}/{i}", b"1") for i in range(3)]
+        write_part(LOCAL, str(tmp_path), part_id, rows)
+    write_part(LOCAL, str(tmp_path), "e", [row("c/1b", b"1")])
+    names = [f"part-{part_id}.parquet" for part_id in "ecdab"]
+    runs = [table["key"].to_pylist() for table in index._runs(LOCAL, str(tmp_path), names)]
+    assert runs == [
+        ["a/0", "a/1", "a/2"],
+        ["b/0", "b/1", "b/2"],
+        ["c/0", "c/1", "c/1b", "c/2"],
+        ["d/0", "d/1", "d/2"],
+    ]
+
+
 def test_rows_that_break_off_leave_the_part_that_stood_there(tmp_path: Path) -> None:
     info = write_part(LOCAL, str(tmp_path), "a", byte_rows(3))
     before = files(tmp_path)

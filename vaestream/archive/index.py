@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,8 +18,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vaestream.archive.layout import (
+    INFO_KEY,
     Footer,
-    column_indices,
     column_ranges,
     dictionary_offsets,
     plain_offsets,
@@ -150,17 +151,13 @@ class _KeySpan(NamedTuple):
 
 
 def _key_span(fs: fsspec.AbstractFileSystem, root: str, name: str) -> _KeySpan | None:
-    """As the footer tells, None where it does not: in a part that other programs have written."""
-    metadata = _footer_at(fs, root, name).metadata
-    column = column_indices(metadata).get("key")
-    if column is None:
+    """As the footer tells, None where it does not: parts had no such note once."""
+    described = (_footer_at(fs, root, name).metadata.metadata or {}).get(INFO_KEY, b"{}")
+    keys = json.loads(described).get("keys")
+    if keys is None:
         return None
-    chunks = (metadata.row_group(i).column(column) for i in range(metadata.num_row_groups))
-    bounds = [chunk.statistics for chunk in chunks]
-    if not all(bound is not None and bound.has_min_max for bound in bounds):
-        return None
-    first = min((bound.min for bound in bounds), default="")
-    return _KeySpan(first, max((bound.max for bound in bounds), default=""), name)
+    first, last = keys or ("", "")
+    return _KeySpan(first, last, name)
 
 
 def _apart(names: Sequence[str], spans: Sequence[_KeySpan | None]) -> list[list[str]]:

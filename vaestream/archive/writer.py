@@ -244,6 +244,7 @@ def _write_rows(
             "body_sha256": sink.sha256.hexdigest(),
             "footer_sha256": NO_DIGEST,
             "stats": asdict(stats),
+            "keys": [written[0][0], written[-1][0]] if written else [],
         }
         writer.add_key_value_metadata({INFO_KEY.decode(): json.dumps(described)})
     file.flush()

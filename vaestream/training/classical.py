@@ -71,7 +71,7 @@ def _available() -> list[ClassicalCodec]:
             )
         )
     if features.check("avif"):
-        avif = (8, 20, 35, 50, 62, 72, 80, 87, 93, 97)
+        avif = (2, 10, 20, 35, 50, 62, 72, 80, 87, 93, 97)
         for subsampling in ("4:2:0", "4:4:4"):
             name = f"AVIF {subsampling}"
             settings = {"subsampling": subsampling}

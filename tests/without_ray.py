@@ -10,8 +10,7 @@ import pytest
 from vaestream.archive.manifest import PartInfo
 from vaestream.pipeline import job
 from vaestream.pipeline.cluster import Pool
-from vaestream.pipeline.plan import Shard
-from vaestream.pipeline.worker import ShardWorker, WorkerSpec, make_batch, part_of
+from vaestream.pipeline.worker import PackedShard, ShardWorker, WorkerSpec, make_batch, part_of
 
 
 @contextmanager
@@ -26,7 +25,7 @@ def without_ray() -> Iterator[None]:
 
 
 def _run_shards(
-    shards: Sequence[Shard], spec: WorkerSpec, pools: Sequence[Pool], most: int | None
+    shards: Sequence[PackedShard], spec: WorkerSpec, pools: Sequence[Pool], most: int | None
 ) -> Iterator[PartInfo]:
     worker = ShardWorker(pickle.loads(pickle.dumps(spec)))  # as it goes through Ray
     for row in make_batch(shards):

@@ -13,8 +13,13 @@ from typing import Any, Literal
 
 from vaestream.archive.manifest import PartInfo
 from vaestream.errors import VaestreamError
-from vaestream.pipeline.plan import Shard
-from vaestream.pipeline.worker import ShardWorker, WorkerSpec, make_batch, part_of
+from vaestream.pipeline.worker import (
+    PackedShard,
+    ShardWorker,
+    WorkerSpec,
+    make_batch,
+    part_of,
+)
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -77,7 +82,7 @@ def plan_pools(
 
 
 def run_shards(
-    shards: Sequence[Shard], spec: WorkerSpec, pools: Sequence[Pool], most: int | None
+    shards: Sequence[PackedShard], spec: WorkerSpec, pools: Sequence[Pool], most: int | None
 ) -> Iterator[PartInfo]:
     """The parts of `shards`, as they end.
 
@@ -91,7 +96,7 @@ def run_shards(
 
 
 def _run_both(
-    shards: Sequence[Shard], spec: WorkerSpec, pools: Sequence[Pool], most: int | None
+    shards: Sequence[PackedShard], spec: WorkerSpec, pools: Sequence[Pool], most: int | None
 ) -> Iterator[PartInfo]:
     """Two pools on the same shards, from both ends towards each other.
 
@@ -102,7 +107,7 @@ def _run_both(
     ended: queue.Queue[PartInfo | BaseException | None] = queue.Queue()
     stop = threading.Event()
 
-    def run(ordered: Sequence[Shard], pool: Pool) -> None:
+    def run(ordered: Sequence[PackedShard], pool: Pool) -> None:
         try:
             for part in _run_pool(ordered, spec, pool, most):
                 ended.put(part)
@@ -132,7 +137,7 @@ def _run_both(
 
 
 def _run_pool(
-    shards: Sequence[Shard], spec: WorkerSpec, pool: Pool, most: int | None
+    shards: Sequence[PackedShard], spec: WorkerSpec, pool: Pool, most: int | None
 ) -> Iterator[PartInfo]:
     rows = make_batch(shards)
     spec = replace(spec, device=pool.device)

@@ -25,12 +25,11 @@ from vaestream.pipeline.cluster import (
 )
 from vaestream.pipeline.compressor import Settings, Verify
 from vaestream.pipeline.lease import Lease
-from vaestream.pipeline.plan import Shard
 from vaestream.pipeline.prepare import Paths, Prepared, prepare
 from vaestream.pipeline.report import REPORT, Moment, Run, write_report
 from vaestream.pipeline.stores import options_for
 from vaestream.pipeline.work import Counts, Work
-from vaestream.pipeline.worker import WorkerSpec
+from vaestream.pipeline.worker import PackedShard, WorkerSpec
 from vaestream.text import describe
 
 _LOG = logging.getLogger("vaestream")
@@ -315,7 +314,7 @@ class _Waves:
         self._stopped.set()
         self._pool.shutdown(cancel_futures=True)
 
-    def __iter__(self) -> Iterator[list[Shard]]:
+    def __iter__(self) -> Iterator[list[PackedShard]]:
         wave = self.first
         while wave:
             coming = self._pool.submit(self._next)
@@ -338,17 +337,18 @@ class _Waves:
             seconds=seconds,
         )
 
-    def _next(self) -> list[Shard]:
-        wave: list[Shard] = []
+    def _next(self) -> list[PackedShard]:
+        wave: list[PackedShard] = []
         for shard in islice(self._shards, _WAVE):
             if self._stopped.is_set():
                 break
-            wave.append(shard)
-            self._sizes[shard.part_id] = len(shard.objects), shard.source_bytes
+            packed = PackedShard.of(shard)
+            wave.append(packed)
+            self._sizes[shard.part_id] = len(shard.objects), packed.source_bytes
             if shard.base is not None:
                 self.rewritten.add(shard.part_id)
+            self.objects += len(shard.objects)
         self.shards += len(wave)
-        self.objects += sum(len(shard.objects) for shard in wave)
         self._bytes += sum(shard.source_bytes for shard in wave)
         self.listed = len(wave) < _WAVE
         return wave

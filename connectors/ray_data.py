@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -30,11 +31,11 @@ from ray.data.datasource import Datasink, Datasource, ReadTask, WriteResult
 from vaestream import images
 from vaestream.archive.manifest import PartInfo
 from vaestream.archive.reader import Archive, open_archive, shared_codec
-from vaestream.archive.schema import Row
+from vaestream.archive.schema import Row, RowInfo
 from vaestream.archive.writer import write_part
 from vaestream.codec import Codec, check
 from vaestream.codec.bitstream import MAGIC
-from vaestream.codec.view import Region, see
+from vaestream.codec.view import Region, check_view, see
 from vaestream.errors import ArchiveError, VaestreamError
 from vaestream.pipeline.compressor import Compressor, Settings
 from vaestream.pipeline.destination import Destination
@@ -67,7 +68,8 @@ def read_archive(
     max_size: see `Archive.read`.
 
     Blocks are cut by the bytes that they will have, `DataContext.target_max_block_size`, and hold
-    neighbours of the archive. Errors: ArchiveError, as the archive is opened and as it is read.
+    neighbours of the archive. Errors: ValueError for a column that is not there, or a region that
+    no photo can have; ArchiveError, as the archive is opened and as it is read.
     """
     source = ArchiveDatasource(
         url,
@@ -101,12 +103,20 @@ class ArchiveDatasource(Datasource):
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        check_view(region, max_size)
+        known = [field.name for field in fields(RowInfo)]
+        if unknown := [name for name in columns if name not in known]:
+            raise ValueError(f"no column {unknown[0]!r}: there are {', '.join(known)}")
         options = options_for(url, storage_options)
         archive = open_archive(url, device="cpu", storage_options=options)
         rows = archive.positions(keys)
         if filter is not None:
             marked = archive.index.take(rows).append_column("__row", rows)
-            rows = marked.filter(filter)["__row"].combine_chunks()
+            try:
+                rows = marked.filter(filter)["__row"].combine_chunks()
+            except pa.ArrowInvalid as error:
+                names = ", ".join(archive.index.column_names)
+                raise ValueError(f"filter {filter}: the index has the columns {names}") from error
         self._archive = archive.select(rows.unique().sort())
         self._columns, self._decode = tuple(columns), decode
         self._region, self._max_size = region, max_size
@@ -348,7 +358,7 @@ class ArchiveDatasink(Datasink[list[dict[str, Any]]]):
         codec = shared_codec(place.fs, place.root, place.model_id, self._device)
         encoder = _RowEncoder(codec, self._settings)
         rows = sorted(
-            (encoder.row(str(one[self._key]), one[self._image]) for one in _rows_of(blocks)),
+            (encoder.row(str(key), image) for key, image in self._pairs(blocks)),
             key=lambda row: row.key,
         )
         if not rows:
@@ -356,6 +366,16 @@ class ArchiveDatasink(Datasink[list[dict[str, Any]]]):
         decisive = [place.model_id, place.settings, [[row.key, row.source_sha256] for row in rows]]
         part_id = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
         return [write_part(place.fs, place.root, part_id, rows).to_json()]
+
+    def _pairs(self, blocks: Iterable[Block]) -> Iterator[tuple[Any, Any]]:
+        """Key and image of each row."""
+        for row in _rows_of(blocks):
+            for name in (self._key, self._image):
+                if name not in row:
+                    raise ArchiveError(
+                        f"the dataset has no column {name!r}: there are {', '.join(row)}"
+                    )
+            yield row[self._key], row[self._image]
 
     def on_write_complete(self, write_result: WriteResult[list[dict[str, Any]]]) -> None:
         """Commit: index and manifest."""

@@ -59,6 +59,13 @@ def python(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.parametrize("wrong", [["--workers", "0"], ["--shard-images", "x"]])
+def test_numbers_below_one_are_wrong_usage(tmp_path: Path, wrong: list[str]) -> None:
+    arguments = ["compress", str(tmp_path), str(tmp_path / "archive"), *wrong]
+    assert cli.main(arguments) == cli.USAGE
+    assert not (tmp_path / "archive").exists()
+
+
 def test_from_photos_to_an_archive_and_back(
     compress: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,3 +89,19 @@ def test_another_format_is_another_extraction(archive: vaestream.Archive, tmp_pa
     result = extract(archive, str(out), workers=0, format="jpeg")
     assert (result.earlier, result.decoded, result.verbatim) == (0, 10, 2)
     assert len(list(out.glob("*.jpg"))) == 10
+
+
+def test_a_part_that_is_cut_keeps_back_only_its_own_rows(weights: Path, tmp_path: Path) -> None:
+    source = fill(tmp_path / "source", NAMES[:4])
+    with without_ray():
+        vaestream.compress(
+            source, tmp_path / "archive", weights=weights, min_psnr=0.0, shard_images=2
+        )
+    opened = vaestream.open(str(tmp_path / "archive"))
+    home = opened.index.to_pylist()[0]["part"]
+    part = tmp_path / "archive" / home
+    part.write_bytes(part.read_bytes()[:500])
+    result = extract(vaestream.open(str(tmp_path / "archive")), str(tmp_path / "out"), workers=0)
+    assert result.decoded == 2 and sorted(files(tmp_path / "out")) == NAMES[2:4]
+    assert sorted(result.failures) == NAMES[:2]
+    assert all(home in told for told in result.failures.values())

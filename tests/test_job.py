@@ -22,7 +22,12 @@ from without_ray import without_ray
 import vaestream
 from vaestream.archive.manifest import read_manifest
 from vaestream.archive.verify import verify
-from vaestream.errors import ArchiveError, SettingsMismatchError, VaestreamError
+from vaestream.errors import (
+    ArchiveError,
+    DamagedArchiveError,
+    SettingsMismatchError,
+    VaestreamError,
+)
 from vaestream.pipeline import cluster, job
 from vaestream.pipeline.cluster import cause_of, plan_pools, run_shards
 from vaestream.pipeline.destination import Destination
@@ -226,6 +231,25 @@ def test_a_damaged_part_that_was_removed_is_made_again(run_here: Run, tmp_path: 
     next(archive.glob("part-*")).unlink()
     assert not run_here(source, archive).up_to_date
     assert files(archive) == before
+
+
+def test_a_part_that_is_missing_is_not_forgotten(run_here: Run, tmp_path: Path) -> None:
+    source = fill(tmp_path / "source", ["a.png", "b.png", "c.png", "d.png"])
+    archive = tmp_path / "archive"
+    run_here(source, archive, shard_images=2)
+    manifest = (archive / "manifest.json").read_bytes()
+    home = vaestream.open(str(archive)).index.to_pylist()[0]["part"]
+    part = (archive / home).read_bytes()
+    (archive / home).unlink()
+    (source / "a.png").unlink()
+    fill(source, ["e.png"])
+    with pytest.raises(DamagedArchiveError, match=rf"{home}: .* 1 of the objects .* 'a.png'"):
+        run_here(source, archive, shard_images=2)
+    assert (archive / "manifest.json").read_bytes() == manifest
+    (archive / home).write_bytes(part)
+    run_here(source, archive, shard_images=2)
+    assert list(vaestream.open(str(archive))) == ["a.png", "b.png", "c.png", "d.png", "e.png"]
+    assert verify(str(archive)) == []
 
 
 def test_a_worker_killed_in_mid_shard_changes_nothing(

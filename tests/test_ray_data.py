@@ -68,6 +68,10 @@ def test_rows_are_pruned_before_they_are_read(archive: vaestream.Archive) -> Non
     ] == ["large.png"]
     with pytest.raises(ArchiveError, match=r"no photo 'none\.png'"):
         read_archive(archive.url, keys=["none.png"])
+    with pytest.raises(ValueError, match=r"no column 'nocol'"):
+        read_archive(archive.url, columns=["nocol"])
+    with pytest.raises(ValueError, match=r"the index has the columns key, "):
+        read_archive(archive.url, filter=pc.field("psnr") > 30)
 
 
 def test_blocks_are_cut_by_decoded_bytes(archive: vaestream.Archive) -> None:

@@ -226,6 +226,31 @@ def test_large_photos_are_shown_small_with_their_worst_detail(
     assert len(render(found)) < 2_000_000  # noise, of which no codec makes less
 
 
+def test_what_is_compared_is_shown_at_one_quality(stand_in: None, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (720, 960, 3), dtype=np.uint8)
+    flat = np.full_like(noise, 128)  # of which a JPEG of any quality is small
+    (tmp_path / "s.png").write_bytes(png_of(noise))
+    data = (tmp_path / "s.png").read_bytes()
+    one = row(
+        "noise",
+        png_of(flat),
+        codec="vae",
+        width=960,
+        height=720,
+        channels=3,
+        quality=1.0,
+        psnr=9.0,
+        source_size=len(data),
+        source_url=str(tmp_path / "s.png"),
+        source_sha256=hashlib.sha256(data).hexdigest(),
+    )
+    commit(str(tmp_path / "archive"), {"a": [one]})
+    pictures = Page(render(gather(open_archive(str(tmp_path / "archive"))))).pictures()
+    tables = [picture.quantization for picture in pictures]  # type: ignore[attr-defined]
+    assert len(tables) == 4 and tables[0] == tables[1] and tables[2] == tables[3]
+
+
 def test_what_cannot_be_decoded_or_is_not_there_is_told(stand_in: None, tmp_path: Path) -> None:
     commit(str(tmp_path / "empty"), {})
     page = Page(render(gather(open_archive(str(tmp_path / "empty")))))

@@ -525,6 +525,25 @@ def test_a_lost_part_is_its_photos_damage(folder: Path, tmp_path: Path) -> None:
     assert sorted(flat(ArchiveLoader(dataset, 6))) == sorted(set(dataset.keys) - lost)
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_model_that_is_missing_is_no_photos_fault(
+    folder: Path, tmp_path: Path, num_workers: int
+) -> None:
+    path = tmp_path / "archive"
+    shutil.copytree(folder, path)
+    shutil.rmtree(path / "models")
+    dataset = ArchiveDataset(str(path), on_error="skip")
+    loader = ArchiveLoader(dataset, 6, num_workers=num_workers, multiprocessing_context="fork")
+    with pytest.raises(DamagedArchiveError, match="the model is missing"):
+        list(loader)
+
+
+@pytest.mark.parametrize("region", [(0, 0, 10), (0, 0, 0, 5), (-1, 0, 5, 5), (0, 0, 1.5, 5)])
+def test_a_region_that_no_photo_can_have_is_refused_at_once(folder: Path, region: Any) -> None:
+    with pytest.raises(ValueError, match="region"):
+        ArchiveDataset(str(folder), region=region, on_error="skip")
+
+
 def test_a_store_that_fails_is_no_photos_fault(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

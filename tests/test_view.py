@@ -57,7 +57,7 @@ def test_a_region_is_that_of_the_whole(
 
 @pytest.mark.parametrize("region", [(-1, 0, 9, 9), (0, 0, 0, 9), (WIDTH - 8, 0, 9, 9)])
 def test_a_region_must_lie_inside(codec: Codec, blob: bytes, region: Any) -> None:
-    with pytest.raises(ValueError, match="does not lie inside a picture of 1400x1100"):
+    with pytest.raises(ValueError, match=r"lie inside (a picture of 1400x1100|any picture)"):
         codec.decode([blob], region=region)
 
 

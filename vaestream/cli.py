@@ -397,9 +397,15 @@ def _compress_arguments(parser: argparse.ArgumentParser) -> None:
         help="gradient steps on each photo: smaller, and much slower (0)",
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--workers", type=int, metavar="N", help="default: one a CPU, or four a GPU")
+    add("--workers", type=_at_least_1, metavar="N", help="default: one a CPU, or four a GPU")
     add("--gpus-per-worker", type=float, metavar="F", help="share of a GPU (default 0.25)")
-    add("--shard-images", type=int, default=256, metavar="N", help="objects a part at most (256)")
+    add(
+        "--shard-images",
+        type=_at_least_1,
+        default=256,
+        metavar="N",
+        help="objects a part at most (256)",
+    )
     add("--verify", choices=("none", "sample", "all"), default="sample")
     add("--include", action="append", default=[], metavar="GLOB", help="take only these")
     add("--exclude", action="append", default=[], metavar="GLOB", help="leave these out")
@@ -413,7 +419,13 @@ def _compress_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write nothing: list the sources, try a sample, tell size, PSNR and time",
     )
-    add("--sample", type=int, default=32, metavar="N", help="objects that a dry run tries (32)")
+    add(
+        "--sample",
+        type=_at_least_1,
+        default=32,
+        metavar="N",
+        help="objects that a dry run tries (32)",
+    )
     add("--json", action="store_true", help="the summary as JSON")
     _storage_argument(parser)
     parser.set_defaults(run=compress)
@@ -466,7 +478,12 @@ def _extract_arguments(parser: argparse.ArgumentParser) -> None:
         "byte for byte",
     )
     add("--region", type=_region, metavar="X,Y,W,H", help="pixels of each photo to decode")
-    add("--max-size", type=int, metavar="N", help="shrink photos to N pixels on the longer side")
+    add(
+        "--max-size",
+        type=_at_least_1,
+        metavar="N",
+        help="shrink photos to N pixels on the longer side",
+    )
     add("--workers", type=int, metavar="N", help="Ray workers; 0: none, whatever there is to write")
     add("--address", metavar="RAY", help="Ray cluster; default: RAY_ADDRESS, or a local Ray")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -542,6 +559,16 @@ def _storage_argument(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help='for fsspec: {"endpoint_url": ...}, or by protocol: {"s3": {...}, "https": {...}}',
     )
+
+
+def _at_least_1(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"a whole number of at least 1 is wanted, not {text!r}")
+    return number
 
 
 def _region(text: str) -> tuple[int, int, int, int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from vaestream.archive.reader import Archive
 from vaestream.archive.schema import RowInfo
 from vaestream.codec import Latents
-from vaestream.codec.view import Region
+from vaestream.codec.view import Region, check_view
 from vaestream.errors import ArchiveError, DamagedArchiveError, VaestreamError
 
 from .cache import BlobCache
@@ -47,7 +47,8 @@ class PhotoReader:
     fields of `RowInfo` to give beside each. region, max_size: see `Archive.read`. cache: where
     blobs are kept. block_size: see `blocks`.
 
-    Raises ArchiveError for a key that is not there, ValueError for a column that is not there.
+    Raises ArchiveError for a key that is not there, ValueError for a column that is not there and
+    for a region or a size that no photo can have.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class PhotoReader:
     ) -> None:
         if block_size < 1:
             raise ValueError(f"a block cannot have {block_size} photos")
+        check_view(region, max_size)
         known = [field.name for field in fields(RowInfo)]
         if unknown := [name for name in columns if name not in known]:
             raise ValueError(f"no column {unknown[0]!r}: there are {', '.join(known)}")
@@ -104,10 +106,13 @@ class PhotoReader:
     def read(self, positions: Sequence[int]) -> list[Coded]:
         """The photos at these positions, in their order.
 
-        What is wrong with one photo becomes its content. Raises IndexError past the end, and
-        ArchiveError where the store does not answer, which is no photo's fault.
+        What is wrong with one photo becomes its content. Raises IndexError past the end, and for
+        what is no photo's fault: ArchiveError where the store does not answer, DamagedArchiveError
+        or ValueError where the codec cannot be loaded.
         """
         rows = self._entries(positions)
+        if any(row["codec"] == "vae" for row in rows):
+            _ = self.archive.codec
         blobs = self._blobs(positions, rows)
         return [self._coded(row, blob) for row, blob in zip(rows, blobs, strict=True)]
 

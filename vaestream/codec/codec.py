@@ -146,6 +146,8 @@ class Codec:
         quality: 0 (smallest) to 100, taken to the nearest hundredth. Raises ValueError on another
         shape, dtype or quality.
         """
+        if isinstance(images, np.ndarray) and images.ndim == 3 and images.shape[-1] == 3:
+            raise ValueError("images is one picture: give a list of them")
         return [self.compress(i, quality=quality, measure=False).data for i in images]
 
     @torch.inference_mode()
@@ -204,6 +206,8 @@ class Codec:
         Raises ModelMismatchError if other weights are needed, BitstreamError if a blob is damaged
         or too large, ValueError if a picture does not have the region.
         """
+        if isinstance(blobs, bytes | bytearray | memoryview):
+            raise ValueError("blobs is one bitstream: give a list of them")
         return [self._decode_one(blob, region, max_size, max_pixels) for blob in blobs]
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """Which part of a picture is wanted, how large, and what has to be decoded for it."""
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,14 +49,13 @@ class View:
         good filter; so it leaves Lanczos at least a factor of 1.5 to do. Raises ValueError for a
         region that does not lie inside the picture, or a size below 1.
         """
+        check_view(region, max_size)
         x, y, w, h = region or (0, 0, width, height)
-        if min(x, y) < 0 or min(w, h) < 1 or x + w > width or y + h > height:
+        if x + w > width or y + h > height:
             raise ValueError(
                 f"region {(x, y, w, h)} (left, top, width, height) does not lie inside a picture "
                 f"of {width}x{height}"
             )
-        if max_size is not None and max_size < 1:
-            raise ValueError(f"a picture cannot have a size of {max_size}")
         if max_size is None or max(w, h) <= max_size:
             return cls((x, y, w, h), (w, h), 1)
         scale = max(w, h) / max_size
@@ -115,6 +115,22 @@ class View:
         )
         image = Image.fromarray(pixels).resize(self.size, Image.Resampling.LANCZOS, box)
         return np.asarray(image)
+
+
+def check_view(region: Region | None, max_size: int | None) -> None:
+    """Raises ValueError for a region or a size that no picture can have."""
+    if region is not None and not (
+        len(region) == 4
+        and all(isinstance(value, Integral) for value in region)
+        and min(region[:2]) >= 0
+        and min(region[2:]) >= 1
+    ):
+        raise ValueError(
+            f"region {region!r} (left, top, width, height) does not lie inside any picture: four "
+            "whole numbers are wanted, the last two of at least 1"
+        )
+    if max_size is not None and max_size < 1:
+        raise ValueError(f"a picture cannot have a size of {max_size}")
 
 
 def see(

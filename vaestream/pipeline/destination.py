@@ -11,9 +11,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from fsspec import AbstractFileSystem
 
-from vaestream.archive.index import INDEX, build_index
+from vaestream.archive.index import INDEX, build_index, load_index
 from vaestream.archive.manifest import (
     MANIFEST,
     Manifest,
@@ -106,7 +108,10 @@ class Destination:
         loose = self._committed(name for name in self._names if name not in listed)
         if self.replace:
             return Replacement(objects, cutter, [*self._present(listed), *loose])
-        return Growth(self.fs, self.root, objects, cutter, self._present(listed), loose)
+        present = self._present(listed)
+        gone = sorted(set(listed) - {part.name for part in present})
+        lost = self._keys_of(gone) if gone else set()
+        return Growth(self.fs, self.root, objects, cutter, present, loose, gone=gone, lost=lost)
 
     def is_finished(self, work: Work) -> bool:
         """Whether the archive stands there, whole, with just the parts of `work`, which has nothing
@@ -210,6 +215,19 @@ class Destination:
     def _present(self, listed: Mapping[str, PartInfo]) -> list[PartInfo]:
         present = set(self._names)
         return [part for part in listed.values() if part.name in present]
+
+    def _keys_of(self, names: Sequence[str]) -> set[str]:
+        """What the index says that parts held which are there no longer."""
+        assert self.manifest is not None
+        try:
+            index = load_index(self.fs, self.root, self.manifest.index_sha256)
+        except DamagedArchiveError as error:
+            raise DamagedArchiveError(
+                f"{join(self.root, names[0])}: the part is missing, and so is the index that tells "
+                f"what it held ({error}): put it back, or overwrite"
+            ) from error
+        held = pc.is_in(index["part"].cast(pa.string()), pa.array(names))
+        return set(index["key"].filter(held).to_pylist())
 
     def _committed(self, names: Iterable[str]) -> list[PartInfo]:
         """Parts among these files; one with a damaged footer does not count and is made again."""

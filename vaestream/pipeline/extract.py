@@ -21,7 +21,7 @@ from vaestream.archive.reader import Archive
 from vaestream.archive.schema import RowInfo
 from vaestream.archive.storage import join, put_bytes, read_bytes, remove_folder
 from vaestream.codec.view import Region
-from vaestream.errors import ArchiveError, VaestreamError
+from vaestream.errors import ArchiveError, DamagedArchiveError, VaestreamError
 from vaestream.pipeline.plan import safe_key
 from vaestream.pipeline.stores import store_of
 
@@ -162,7 +162,7 @@ class ChunkWriter:
             failures = json.loads(read_bytes(self._fs, note))
             return Extracted(earlier=len(keys) - len(failures), failures=failures)
         result = Extracted()
-        for batch in _batches(self.archive, keys):
+        for batch in _batches(self.archive, keys, result):
             contents = _contents(self.archive, batch, self._names, self._wanted, result)
             _write(contents, self._names, self._fs, self._root, result)
         if len(keys) == self._size:
@@ -240,12 +240,17 @@ def _chosen(archive: Archive, keys: Sequence[str]) -> list[str]:
     return list(chosen)
 
 
-def _batches(archive: Archive, keys: Sequence[str]) -> Iterator[list[RowInfo]]:
-    """Rows that fit into memory together: read in one go, decoded in one go."""
+def _batches(archive: Archive, keys: Sequence[str], result: Extracted) -> Iterator[list[RowInfo]]:
+    """Rows that fit into memory together: read in one go, decoded in one go. Those that a damaged
+    part does not tell go to the failures."""
     batch: list[RowInfo] = []
     pixels = size = 0
     for key in keys:
-        row = archive.row(key)
+        try:
+            row = archive.row(key)
+        except DamagedArchiveError as error:
+            result.failures[key] = str(error)
+            continue
         more = (row.width or 0) * (row.height or 0) if row.codec == "vae" else 0
         full = pixels + more > _BATCH_PIXELS or size + row.num_bytes > _BATCH_BYTES
         if batch and (full or len(batch) == _BATCH_ROWS):

@@ -457,11 +457,12 @@ def _look_at(archive: Archive, row: Mapping[str, Any], sources: _Sources) -> Wor
     decoded: Pixels | None = None
     original: Pixels | None = None
     icc: bytes | None = None
+    small: dict[str, Pixels] = {}
     try:
         codec, blob = archive.codec, archive.blob(row["key"])
         icc = archive.payloads([row["key"]])[0].icc
         (decoded,) = codec.decode([blob], max_size=_SIDE if large else None)
-        facts["decoded"] = _thumbnail(decoded, icc)
+        small["decoded"] = _thumbnail(decoded)
     except VaestreamError as error:
         facts["decoded_note"] = f"cannot be decoded: {error}"
     data, facts["source_note"] = sources.read(row)
@@ -472,9 +473,10 @@ def _look_at(archive: Archive, row: Mapping[str, Any], sources: _Sources) -> Wor
             loaded = images.Broken(error=type(error).__name__)
         if isinstance(loaded, images.Photo):
             original = loaded.pixels
-            facts["source"] = _thumbnail(original, loaded.icc)
+            small["source"] = _thumbnail(original)
         else:
             facts["source_note"] = "source is not read as a photo any more"
+    facts |= zip(small, _jpegs(list(small.values()), icc), strict=True)
     if decoded is None or original is None:
         return WorstPhoto(**facts)
     if large:
@@ -485,8 +487,8 @@ def _look_at(archive: Archive, row: Mapping[str, Any], sources: _Sources) -> Wor
     if decoded.shape == original.shape:
         left, top, right, bottom = _where_they_differ(original, decoded)
         if large or (right - left, bottom - top) != (decoded.shape[1], decoded.shape[0]):
-            facts["source_crop"] = _jpeg(original[top:bottom, left:right], icc)
-            facts["decoded_crop"] = _jpeg(decoded[top:bottom, left:right], icc)
+            crops = [one[top:bottom, left:right] for one in (original, decoded)]
+            facts["source_crop"], facts["decoded_crop"] = _jpegs(crops, icc)
     return WorstPhoto(**facts)
 
 
@@ -530,21 +532,26 @@ def _largest_cell(values: npt.NDArray[Any], side: int) -> tuple[int, int]:
     return row, column
 
 
-def _thumbnail(pixels: Pixels, icc: bytes | None) -> Picture:
+def _thumbnail(pixels: Pixels) -> Pixels:
     image = Image.fromarray(pixels)
     image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return _jpeg(np.asarray(image), icc)
+    return np.asarray(image)
 
 
-def _jpeg(pixels: Pixels, icc: bytes | None) -> Picture:
-    """As a JPEG of at most `_PICTURE_BYTES`, which bounds the page."""
-    image = Image.fromarray(pixels)
+def _jpegs(pictures: Sequence[Pixels], icc: bytes | None) -> list[Picture]:
+    """As JPEGs of one quality, so that what differs is in the pictures, and each of at most
+    `_PICTURE_BYTES`, which bounds the page."""
     profile = icc if icc is not None and len(icc) <= _PROFILE_BYTES else None
-    data = b""
+    found: list[Picture] = []
     for quality in (92, 85, 70, 50, 25, 5):
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=quality, icc_profile=profile, subsampling=0)
-        data = file.getvalue()
-        if len(data) <= _PICTURE_BYTES:
+        found = [_jpeg(pixels, quality, profile) for pixels in pictures]
+        if all(len(picture.data) <= _PICTURE_BYTES for picture in found):
             break
-    return Picture(data, image.width, image.height)
+    return found
+
+
+def _jpeg(pixels: Pixels, quality: int, icc: bytes | None) -> Picture:
+    file = io.BytesIO()
+    image = Image.fromarray(pixels)
+    image.save(file, "JPEG", quality=quality, icc_profile=icc, subsampling=0)
+    return Picture(file.getvalue(), image.width, image.height)

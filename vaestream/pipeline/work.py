@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from fsspec import AbstractFileSystem
 
 from vaestream.archive.manifest import PartInfo
+from vaestream.archive.storage import join
+from vaestream.errors import DamagedArchiveError
 from vaestream.pipeline.held import HeldRows
 from vaestream.pipeline.plan import Cutter, Shard, SourceObject, Version
 
@@ -71,7 +73,9 @@ class Growth(Work):
     objects that the sources no longer have stay.
 
     listed: parts of the archive; loose: parts that stand beside it since a run was interrupted.
-    Errors: DamagedArchiveError for a part whose keys cannot be read.
+    gone: names of parts of the archive that are no longer there, lost: the keys that they held.
+    Errors: DamagedArchiveError for a part whose keys cannot be read, and at the end for keys that
+    are lost and not among the objects.
     """
 
     def __init__(
@@ -82,6 +86,9 @@ class Growth(Work):
         cutter: Cutter,
         listed: Sequence[PartInfo],
         loose: Sequence[PartInfo],
+        *,
+        gone: Sequence[str] = (),
+        lost: set[str] | None = None,
     ) -> None:
         super().__init__()
         self._fs, self._root = fs, root
@@ -93,6 +100,7 @@ class Growth(Work):
         self._listed = [part for part in standing if part.name in names]
         self._waiting = {part.part_id: part for part in standing if part.name not in names}
         self._changed: dict[str, list[SourceObject]] = {}
+        self._gone, self._lost = gone, lost or set()
 
     def __iter__(self) -> Iterator[Shard]:
         self._held = HeldRows(self._fs, self._root, self._listed)
@@ -103,6 +111,13 @@ class Growth(Work):
                 self.parts.append(done)
             elif (rest := self._without_foreign(shard)) is not None:
                 yield rest
+        if self._lost:
+            raise DamagedArchiveError(
+                f"{join(self._root, self._gone[0])}: {len(self._gone)} part(s) of the archive are "
+                f"missing, and the sources do not have {len(self._lost)} of the objects in them, "
+                f"{min(self._lost)!r} first: put the file back, or overwrite for an archive of the "
+                "sources alone"
+            )
         self.counts.unlisted = len(self._held) - self.counts.unchanged - self.counts.changed
         for base, items in self._changed.items():
             yield self._cutter.shard(items, base=base)
@@ -113,6 +128,7 @@ class Growth(Work):
 
     def _fresh(self) -> Iterator[SourceObject]:
         for item in self._objects:
+            self._lost.discard(item.key)
             found = self._held.find(item.key)
             if found is None:
                 self.counts.new += 1

@@ -423,8 +423,10 @@ def test_a_state_of_another_order_is_refused(dataset: ArchiveDataset, archive: A
         "even": ArchiveLoader(dataset, 3, shuffle=True, even="drop"),
     }
     for name, loader in others.items():
-        with pytest.raises(ValueError, match=name if name != "shuffle" else "photos_sha256"):
+        with pytest.raises(ValueError, match=f"another {name}"):
             loader.load_state_dict(state)
+    with pytest.raises(ValueError, match="not a state of a loader: it has no 'shuffle'"):
+        ArchiveLoader(dataset, 3).load_state_dict({"model": {}, "loader": state})
 
 
 # --- broken photos -----------------------------------------------------------------------------

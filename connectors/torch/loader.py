@@ -139,7 +139,10 @@ class ArchiveLoader:
         Batch size, workers and all else that the order does not follow from may be others now.
         Raises ValueError, naming it, where something differs that the order follows from.
         """
-        for name, value in self.sampler.fingerprint().items():
+        wanted = self.sampler.fingerprint()
+        if missing := [name for name in (*wanted, "epoch", "taken") if name not in state]:
+            raise ValueError(f"not a state of a loader: it has no {missing[0]!r}")
+        for name, value in wanted.items():
             if state.get(name) != value:
                 raise ValueError(f"the state is of a loader with another {name}: {state.get(name)}")
         self.sampler.set_epoch(state["epoch"])

@@ -105,12 +105,12 @@ class ArchiveSampler(Sampler[list[int]]):
     def fingerprint(self) -> dict[str, Any]:
         """What the order follows from, but for rank and epoch: plain values."""
         return {
-            "photos_sha256": self._photos_sha256,
             "shuffle": self.shuffle,
             "seed": self.seed,
             "window": self.window,
             "world_size": self.world_size,
             "even": self.even,
+            "photos_sha256": self._photos_sha256,  # last: it follows from `shuffle` too
         }
 
     @cached_property

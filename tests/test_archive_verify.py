@@ -120,6 +120,7 @@ def test_truncated_and_missing_parts(archive: Path) -> None:
     path.write_bytes(whole[: len(whole) // 2])
     problems = verify(str(archive))
     assert problems[0].what == "footer"
+    assert f"{len(whole) // 2} bytes instead of {len(whole)}" in problems[0].detail
     lost = {problem.row_key for problem in problems[1:]}
     reader = open_archive(str(archive))
     assert 0 < len(lost) < len(reader)

@@ -139,6 +139,8 @@ def _check_part(
             raise DamagedArchiveError(f"{name}: footer: its SHA-256 is not the manifest's")
     except DamagedArchiveError as error:
         detail = str(error).removeprefix(f"{name}: footer: ")
+        if info is not None and info.size != size and f"of {info.size}" not in detail:
+            detail += f"; the part has {size} bytes instead of {info.size}"
         return [Problem(name, None, "footer", detail)], False
     raw = RangeFile(fs, path, size)
     expected = None if entries is None else _expected(entries, footer)

@@ -105,6 +105,7 @@ def codec() -> "Codec":
         mean_width=8,
         scale_width=8,
         groups=(8, 24, 96),
+        steps=(3, 2, 1),
         mean_context_width=8,
         scale_context_width=8,
     )

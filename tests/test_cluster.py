@@ -264,7 +264,8 @@ def test_a_stopped_driver_leaves_the_cluster_and_its_parts(
     driver.send_signal(signal.SIGINT)
     _, told = driver.communicate(timeout=300)
     assert driver.returncode == 130
-    assert told.splitlines()[-1] == "vaestream: stopped; run the same command again to go on"
+    # Not always the last: Ray may have a word about an object whose owner it has lost.
+    assert "vaestream: stopped; run the same command again to go on" in told.splitlines()
     assert "Traceback" not in told
     for pid in stopped:
         wait_for(partial(ended, pid))

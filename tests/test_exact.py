@@ -113,3 +113,9 @@ def test_wrong_arithmetic_is_noticed_when_a_model_loads(branch: ScaleBranch) -> 
     exact.self_test(answer)
     with pytest.raises(WeightsError, match="integer arithmetic"):
         exact.self_test(answer ^ 1)
+
+
+@pytest.mark.parametrize("steps", [(3,), (4, 1), (0, 2)])
+def test_a_config_with_impossible_steps_is_refused(steps: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="steps"):
+        ModelConfig(latent=40, groups=(8, 32), steps=steps)

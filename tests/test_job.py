@@ -233,6 +233,19 @@ def test_a_damaged_part_that_was_removed_is_made_again(run_here: Run, tmp_path: 
     assert files(archive) == before
 
 
+def test_what_a_run_killed_at_its_very_end_has_left_is_cleared_away(
+    run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = fill(tmp_path / "source", ["a.png", "b.png"])
+    archive = tmp_path / "archive"
+    with monkeypatch.context() as patch:
+        patch.setattr(Destination, "clear", lambda self: None)
+        run_here(source, archive)
+    assert (archive / ".vaestream-job" / "job.json").exists()
+    assert run_here(source, archive).up_to_date
+    assert not (archive / ".vaestream-job").exists()
+
+
 def test_a_part_that_is_missing_is_not_forgotten(run_here: Run, tmp_path: Path) -> None:
     source = fill(tmp_path / "source", ["a.png", "b.png", "c.png", "d.png"])
     archive = tmp_path / "archive"

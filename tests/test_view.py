@@ -12,21 +12,32 @@ from without_ray import without_ray
 import vaestream
 from vaestream import Codec
 from vaestream.cli import OK, SOME_FAILED, main
+from vaestream.codec import read_header
 from vaestream.codec.view import View
 from vaestream.errors import BitstreamError
 
 WIDTH, HEIGHT = 1400, 1100
 
 
-@pytest.fixture(scope="module", params=["colour", "gray"])
-def picture(request: pytest.FixtureRequest) -> np.ndarray[Any, Any]:
-    colour = pixels(3, HEIGHT, WIDTH)
-    return colour if request.param == "colour" else np.ascontiguousarray(colour[..., 0])
+@pytest.fixture(scope="module", params=["colour", "gray", "reduced", "reduced gray"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def blob(codec: Codec, picture: np.ndarray[Any, Any]) -> bytes:
-    return codec.encode([picture], 60)[0]
+def picture(kind: str) -> np.ndarray[Any, Any]:
+    colour = pixels(3, HEIGHT, WIDTH)
+    if "reduced" in kind:
+        small = Image.fromarray(colour[: HEIGHT // 4, : WIDTH // 4])
+        colour = np.asarray(small.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC))
+    return np.ascontiguousarray(colour[..., 0]) if "gray" in kind else colour
+
+
+@pytest.fixture(scope="module")
+def blob(codec: Codec, kind: str, picture: np.ndarray[Any, Any]) -> bytes:
+    (blob,) = codec.encode([picture], 20 if "reduced" in kind else 60)
+    assert (read_header(blob).reduction is not None) == ("reduced" in kind)
+    return blob
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +111,7 @@ def test_limits_hold_for_what_is_decoded(codec: Codec, blob: bytes) -> None:
 def test_the_synthesis_leaves_work_for_a_good_filter() -> None:
     shrinks = [View.of(4000, 3000, max_size=size).shrink for size in (3000, 2000, 1300, 600, 300)]
     assert shrinks == [1, 1, 2, 4, 8]
-    assert View.of(4000, 3000, max_size=300, reduced=False).shrink == 1
+    assert View.of(4000, 3000, max_size=300, synthesis=False).shrink == 1
 
 
 @pytest.fixture(scope="module")

@@ -74,6 +74,10 @@ def compress(args: argparse.Namespace) -> int:
     warnings = _Warnings(line)
     logger = logging.getLogger("vaestream")
     logger.addHandler(warnings)
+    # Threads of a job that is stopped outlive it, and would start Ray anew. Ray reads the variable
+    # when it is imported; programs that the caller starts later are not to inherit it.
+    alone = "RAY_ENABLE_AUTO_CONNECT" not in os.environ
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:
         summary = compress(
             args.sources,
@@ -99,6 +103,8 @@ def compress(args: argparse.Namespace) -> int:
             progress=line.show,
         )
     finally:
+        if alone:
+            del os.environ["RAY_ENABLE_AUTO_CONNECT"]
         logger.removeHandler(warnings)
         line.end()
     if args.json:
@@ -394,7 +400,7 @@ def _compress_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="gradient steps on each photo: smaller, and much slower (0)",
+        help="gradient steps on each photo: smaller, and slower; 2 or 8, say (0)",
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--workers", type=_at_least_1, metavar="N", help="default: one a CPU, or four a GPU")

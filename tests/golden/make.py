@@ -7,6 +7,7 @@ Run by hand, and only when the format changes: the files that are there stay as 
 
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from test_codec import GOLDEN, photo_like
 torch.manual_seed(1)
 folder = GOLDEN / sys.argv[1]
 folder.mkdir()
-model = Hyperprior(ModelConfig(16, 4, 8, 8, 1, 1, 1, 1, 4, 4, (2, 5, 9), 4, 4))
+model = Hyperprior(ModelConfig(16, 4, 8, 8, 1, 1, 1, 1, 4, 4, (2, 5, 9), 4, 4, (3, 2, 1)))
 with torch.no_grad():  # so that every path contributes, as in a trained model, and more strongly
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.02)
@@ -38,13 +39,16 @@ with torch.no_grad():  # so that every path contributes, as in a trained model, 
 weights = export_weights(model)
 (folder / "tiny.safetensors").write_bytes(weights)
 codec = Codec(weights, torch.device("cpu"), torch.float32)
-for name, image, quality in (
-    ("gray", photo_like(45, 70, channels=1), 35.0),
-    ("colour", photo_like(70, 45), 80.0),
-    ("tiles", photo_like(20, 530), 100.0),
-    # Nothing in the narrowest tables, so that they are skipped.
-    ("smooth", np.tile(np.arange(40, 140, dtype=np.uint8)[:, None], (1, 60)), 5.0),
+smooth = np.tile(np.arange(40, 140, dtype=np.uint8)[:, None], (1, 60))
+for name, image, quality, ratio in (
+    ("gray", photo_like(45, 70, channels=1), 35.0, 1.0),
+    ("colour", photo_like(70, 45), 80.0, 1.0),
+    ("tiles", photo_like(20, 530), 100.0, 1.0),
+    ("smooth", smooth, 5.0, 1.0),  # nothing in the narrowest tables, so that they are skipped
+    ("reduced", photo_like(75, 101), 60.0, 1.5),
+    ("reduced-gray", photo_like(75, 101, channels=1), 20.0, 3.0),
 ):
-    (blob,) = codec.encode([image], quality)
+    with patch("vaestream.codec.codec.best_ratio", return_value=ratio):
+        (blob,) = codec.encode([image], quality)
     (folder / f"{name}.vst").write_bytes(blob)
     np.save(folder / f"{name}.npy", codec.decode([blob])[0])

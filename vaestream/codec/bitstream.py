@@ -1,6 +1,6 @@
 """The bitstream of one photo; docs/format.md specifies it byte by byte.
 
-    magic  version  flags  quality  model id  width  height  sizes  CRC  z stream  tile streams
+    magic  version  flags  quality  model id  width  height  reduction  sizes  CRC  z  tiles
 
 Everything that is read before a CRC is checked stays within the bytes given, so a damaged or
 hostile blob is refused before anything large is allocated.
@@ -23,12 +23,25 @@ TILE = 32
 """Latents a tile spans in each direction: 512 pixels."""
 
 MAX_SIDE = 1 << 20
+MAX_REDUCTION = 8
+"""How many pixels a side of a picture may have for one of the picture that is coded in its stead.
+"""
 
 Rectangle = tuple[int, int, int, int]
 """(top, left, bottom, right) in latents."""
 
-_GRAY = 1
+_GRAY, _REDUCED = 1, 2
+_MOST_QUALITY = 10000  # in hundredths
 _FIXED = struct.Struct(f"<4sBBH{MODEL_ID_BYTES}s")
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """The smaller picture that is coded in a picture's stead, and at which quality."""
+
+    width: int
+    height: int
+    quality: float
 
 
 @dataclass(frozen=True)
@@ -36,7 +49,7 @@ class Header:
     """What a bitstream says about itself before any decoding.
 
     quality is in [0, 100], in hundredths; model_id_prefix the first 16 hexadecimal digits of the
-    SHA-256 of the weights file.
+    SHA-256 of the weights file. reduction: None where the picture is coded at its own size.
     """
 
     width: int
@@ -44,11 +57,24 @@ class Header:
     channels: int
     quality: float
     model_id_prefix: str
+    reduction: Reduction | None = None
+
+    @property
+    def coded_size(self) -> tuple[int, int]:
+        """Width and height of the picture that goes through the networks."""
+        r = self.reduction
+        return (self.width, self.height) if r is None else (r.width, r.height)
+
+    @property
+    def coded_quality(self) -> float:
+        """The quality at which it does."""
+        return self.quality if self.reduction is None else self.reduction.quality
 
     @property
     def latent_size(self) -> tuple[int, int]:
         """(rows, columns) of the grid of y."""
-        return -(-self.height // STRIDE), -(-self.width // STRIDE)
+        width, height = self.coded_size
+        return -(-height // STRIDE), -(-width // STRIDE)
 
     def tiles(self) -> list[Rectangle]:
         """The rectangle of every tile, row by row."""
@@ -75,18 +101,25 @@ class Bitstream:
 
 
 def pack(header: Header, z: bytes, tiles: Sequence[bytes]) -> bytes:
-    """Bytes of a bitstream. quality must be a multiple of 0.01."""
+    """Bytes of a bitstream. Qualities must be multiples of 0.01."""
+    flags = _GRAY if header.channels == 1 else 0
+    if header.reduction is not None:
+        flags |= _REDUCED
     body = bytearray(
         _FIXED.pack(
             MAGIC,
             VERSION,
-            _GRAY if header.channels == 1 else 0,
+            flags,
             round(header.quality * 100),
             bytes.fromhex(header.model_id_prefix),
         )
     )
     body += write_varint(header.width)
     body += write_varint(header.height)
+    if header.reduction is not None:
+        body += write_varint(header.reduction.width)
+        body += write_varint(header.reduction.height)
+        body += struct.pack("<H", round(header.reduction.quality * 100))
     body += write_varint(len(z))
     if len(tiles) > 1:
         for tile in tiles:
@@ -115,14 +148,34 @@ def _read_header(blob: bytes) -> tuple[Header, int]:
         raise BitstreamError(f"not a vaestream bitstream: it starts with {magic.hex(' ')}")
     if version != VERSION:
         raise BitstreamError(f"bitstream version {version}; this release reads version {VERSION}")
-    if flags & ~_GRAY or quality > 10000:
+    if flags & ~(_GRAY | _REDUCED) or quality > _MOST_QUALITY:
         raise BitstreamError("damaged header: unknown flags or quality above 100")
     width, at = read_varint(blob, _FIXED.size)
     height, at = read_varint(blob, at)
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
         raise BitstreamError(f"damaged header: a size of {width}x{height}")
+    reduction = None
+    if flags & _REDUCED:
+        reduction, at = _read_reduction(blob, at, width, height)
     channels = 1 if flags & _GRAY else 3
-    return Header(width, height, channels, quality / 100, model.hex()), at
+    return Header(width, height, channels, quality / 100, model.hex(), reduction), at
+
+
+def _read_reduction(blob: bytes, at: int, width: int, height: int) -> tuple[Reduction, int]:
+    coded_width, at = read_varint(blob, at)
+    coded_height, at = read_varint(blob, at)
+    if at + 2 > len(blob):
+        raise BitstreamError("cut off inside the header")
+    (quality,) = struct.unpack_from("<H", blob, at)
+    for side, coded in ((width, coded_width), (height, coded_height)):
+        if not -(-side // MAX_REDUCTION) <= coded <= side:
+            raise BitstreamError(
+                f"damaged header: a picture of {width}x{height} coded as {coded_width}x"
+                f"{coded_height}"
+            )
+    if quality > _MOST_QUALITY:
+        raise BitstreamError("damaged header: quality above 100")
+    return Reduction(coded_width, coded_height, quality / 100), at + 2
 
 
 def unpack(blob: bytes) -> Bitstream:

@@ -24,9 +24,11 @@ from .bitstream import (
     pack,
     unpack,
 )
+from .coding_costs import CodingCosts
 from .config import HYPER_STRIDE, Z_LIMIT, CodingPass
 from .networks import MeanPrior, Networks, ScalePrior, SideInformation, best_dtype, cut
 from .rate_control import rounding_offsets, sample_patches, solve_quality
+from .reduction import Source, best_ratio
 from .refinement import refine
 from .streams import TileDecoder, TileEncoder, decode_z, encode_z
 from .transforms import STRIDE
@@ -106,6 +108,7 @@ class Codec:
         self._y_tables = loaded.y_tables
         self._z_tables = loaded.z_tables
         self._rounding = torch.from_numpy(rounding_offsets(loaded.y_tables)).to(device)
+        self._costs = CodingCosts(loaded.y_tables, device)
 
     @classmethod
     def load(
@@ -181,7 +184,8 @@ class Codec:
             if quality is not None:
                 if not 0 <= quality <= 100:
                     raise ValueError(f"quality {quality} is outside 0 to 100")
-                return self._encode_at(image, quality, measure=measure, effort=effort)
+                source = self._source(image, quality)
+                return self._encode_at(source, quality, measure=measure, effort=effort)
             if target_bpp is not None:
                 return self._encode_to_rate(image, target_bpp, measure=measure, effort=effort)
             assert target_psnr is not None
@@ -227,7 +231,13 @@ class Codec:
         with torch.autocast(self.device.type, enabled=False):
             stream = self._open(blob)
             header, config = stream.header, self.networks.config
-            view = View.of(header.width, header.height, region=region, max_size=max_size)
+            view = View.of(
+                header.width,
+                header.height,
+                region=region,
+                max_size=max_size,
+                coded_size=header.coded_size,
+            )
             pixels = view.region[2] * view.region[3]
             if max_pixels is not None and pixels > max_pixels:
                 raise BitstreamError(
@@ -289,7 +299,7 @@ class Codec:
         symbols, z_hat = (t.to(self.device) for t in (latents.symbols, latents.z_hat))
         channels = symbols.shape[2]
         passes = [p for p in self.networks.config.passes if p.stop <= channels]
-        gain = self.networks.gain(self.networks.quality(header.quality))[:channels]
+        gain = self.networks.gain(self.networks.quality(header.coded_quality))[:channels]
         side = self._side_information(z_hat, header, latents.rectangle)
         wanted = self._wanted(header, latents.view)
         shape = (wanted[2] - wanted[0], wanted[3] - wanted[1], channels)
@@ -309,8 +319,9 @@ class Codec:
         """The view, (H, W, 3) or (H, W) uint8."""
         top, left, bottom, right = (STRIDE * at for at in self._wanted(header, view))
         if view.shrink == 1:
-            height, width = min(bottom, header.height) - top, min(right, header.width) - left
-            quality = self.networks.quality(header.quality)
+            coded_width, coded_height = header.coded_size
+            height, width = min(bottom, coded_height) - top, min(right, coded_width) - left
+            quality = self.networks.quality(header.coded_quality)
             pixels = self.networks.synthesise(y_hat, quality, height, width)
         else:
             pixels = self.networks.synthesise_reduced(y_hat, view.shrink)
@@ -354,59 +365,87 @@ class Codec:
             raise ValueError(f"a target of {bpp} bits per pixel cannot be met")
         pixels = image.shape[0] * image.shape[1]
         low, high = math.log2(bpp * (1 - _RATE_TOLERANCE)), math.log2(bpp)
-        latents = self._analyse(image, _SEARCH_QUALITY)
 
         def rate(encoded: Encoded) -> float:
             return math.log2(len(encoded.data) * 8 / pixels)
 
-        quality = solve_quality(
-            lambda q: rate(self._encode_at(image, q, measure=False, latents=latents)),
-            low,
-            high,
-            guess=_SEARCH_QUALITY,
-            slope=0.04,
-        )
-        tried: dict[float, Encoded] = {}
+        def search(source: Source, guess: float) -> float:
+            latents = self._analyse(source.coded, source.coded_quality(_SEARCH_QUALITY))
+            return solve_quality(
+                lambda q: rate(self._encode_at(source, q, measure=False, latents=latents)),
+                low,
+                high,
+                guess=guess,
+                slope=0.04,
+            )
 
-        def settle(q: float) -> float:
-            # Measured at once: the first try mostly stands, and a second encoding costs more.
-            tried[q] = self._encode_at(image, q, measure=measure, effort=effort)
-            return rate(tried[q])
+        def settle(source: Source, guess: float) -> Encoded:
+            tried: dict[float, Encoded] = {}
 
-        solve_quality(settle, low, high, guess=quality, slope=0.04, evaluations=4)
-        within = [e for e in tried.values() if rate(e) <= high]
-        return max(within, key=rate) if within else min(tried.values(), key=rate)
+            def of_whole(q: float) -> float:
+                # Measured at once: the first try mostly stands, and a second encoding costs more.
+                tried[q] = self._encode_at(source, q, measure=measure, effort=effort)
+                return rate(tried[q])
+
+            solve_quality(of_whole, low, high, guess=guess, slope=0.04, evaluations=4)
+            within = [e for e in tried.values() if rate(e) <= high]
+            return max(within, key=rate) if within else min(tried.values(), key=rate)
+
+        whole = Source.of(image)
+        quality = search(whole, _SEARCH_QUALITY)
+        reduced = self._source(image, quality)
+        if reduced.ratio > 1:
+            found = settle(reduced, search(reduced, quality))
+            if rate(found) >= low:
+                return found  # else the model's range ends below: the whole reaches farther
+        return settle(whole, quality)
 
     def _encode_to_psnr(self, image: NDArray[np.uint8], psnr: float, *, effort: int) -> Encoded:
         """Search on sample patches; then settle on the whole picture."""
-        patches = sample_patches(image, side=512, count=3)
+        patches = [Source.of(p) for p in sample_patches(image, side=512, count=3)]
 
         def of_patches(q: float) -> float:
-            error = 0.0
-            for patch in patches:
-                measured = self._encode_at(patch, q, measure=True).psnr
-                assert measured is not None
-                error += 10 ** (-measured / 10) * patch.size
-            error /= sum(p.size for p in patches)
-            return -10 * math.log10(error) if error else math.inf
+            error = sum(
+                _squared_error(self._encode_at(p, q, measure=True), p.image) for p in patches
+            )
+            error /= sum(p.image.shape[0] * p.image.shape[1] for p in patches)
+            return 10 * math.log10(255**2 / error) if error else math.inf
 
-        tried: dict[float, Encoded] = {}
+        def settle(source: Source) -> list[Encoded]:
+            tried: dict[float, Encoded] = {}
 
-        def settle(q: float) -> float:
-            tried[q] = self._encode_at(image, q, measure=True, effort=effort)
-            value = tried[q].psnr
-            assert value is not None
-            return value
+            def of_whole(q: float) -> float:
+                tried[q] = self._encode_at(source, q, measure=True, effort=effort)
+                value = tried[q].psnr
+                assert value is not None
+                return value
+
+            solve_quality(of_whole, psnr, high, guess=guess, slope=0.12)
+            return list(tried.values())
 
         high = psnr + _PSNR_TOLERANCE
         guess = _SEARCH_QUALITY
         if len(patches) > 1:
             guess = solve_quality(of_patches, psnr, high, guess=guess, slope=0.12)
-        solve_quality(settle, psnr, high, guess=guess, slope=0.12)
-        reached = [e for e in tried.values() if e.psnr is not None and e.psnr >= psnr]
+        tried: list[Encoded] = []
+        reduced = self._source(image, guess)
+        if reduced.ratio > 1:
+            tried = settle(reduced)
+        if not any(e.psnr is not None and e.psnr >= psnr for e in tried):
+            tried = settle(Source.of(image))
+        reached = [e for e in tried if e.psnr is not None and e.psnr >= psnr]
         if reached:
             return min(reached, key=lambda e: len(e.data))
-        return max(tried.values(), key=lambda e: e.psnr or 0.0)
+        return max(tried, key=lambda e: e.psnr or 0.0)
+
+    def _source(self, image: NDArray[np.uint8], quality: float) -> Source:
+        """A picture at the size at which it had better be coded."""
+
+        def measure(source: Source) -> tuple[float, float]:
+            encoded = self._encode_at(source, quality, measure=True)
+            return 8 * len(encoded.data), _squared_error(encoded, source.image)
+
+        return Source.of(image, best_ratio(image, quality, measure))
 
     def _analyse(self, image: NDArray[np.uint8], quality: float) -> Tensor:
         """y of a picture, (rows, columns, latent) float32, gain not applied."""
@@ -419,7 +458,7 @@ class Codec:
 
     def _encode_at(
         self,
-        image: NDArray[np.uint8],
+        source: Source,
         quality: float,
         *,
         measure: bool,
@@ -427,18 +466,19 @@ class Codec:
         effort: int = 0,
     ) -> Encoded:
         """Encode at a quality; `latents` stand in for the analysis."""
-        quality = round(quality * 100) / 100
-        height, width = image.shape[:2]
-        channels = 3 if image.ndim == 3 else 1
-        header = Header(width, height, channels, quality, self.model_id[: 2 * MODEL_ID_BYTES])
-        q = self.networks.quality(quality)
+        header = source.header(round(quality * 100) / 100, self.model_id)
+        q = self.networks.quality(header.coded_quality)
         gain = self.networks.gain(q)
-        y = self._analyse(image, quality).mul_(gain) if latents is None else latents * gain
+        if latents is None:
+            y = self._analyse(source.coded, header.coded_quality).mul_(gain)
+        else:
+            y = latents * gain
         z_hat = self.networks.hyper_analyse(y)
         if effort:
-            y = refine(self.networks, self._to_rgb(image), y, z_hat, q, steps=effort)
+            pixels = self._to_rgb(source.coded)
+            y = refine(self.networks, self._costs, pixels, y, z_hat, q, steps=effort)
         side = self.networks.side_information(z_hat, q)
-        z_stream = encode_z(z_hat[0].cpu().numpy(), self._tables_of_z(quality))
+        z_stream = encode_z(z_hat[0].cpu().numpy(), self._tables_of_z(header.coded_quality))
         streams = [b""] * header.num_tiles
         for numbers, rectangles in _batches(dict(enumerate(header.tiles()))):
             means, scales = side.means(rectangles), side.scales(rectangles)
@@ -453,10 +493,10 @@ class Codec:
                 _paste(y, whole, rectangles, means.y_hat(self.networks.config.latent), gain)
         psnr = None
         if measure:
-            decoded = self.networks.synthesise(y, q, height, width)
-            pixels = _to_tensor(image).to(self.device)
-            psnr = _psnr(pixels, decoded if channels == 3 else _to_gray(decoded))
-        return Encoded(pack(header, z_stream, streams), quality, psnr)
+            view = View.of(header.width, header.height, coded_size=header.coded_size)
+            decoded = self._render(y, header, view)
+            psnr = _psnr(_to_tensor(source.image).to(self.device), decoded)
+        return Encoded(pack(header, z_stream, streams), header.quality, psnr)
 
     def _quantise(
         self, y: Tensor, means: MeanPrior, scales: ScalePrior
@@ -497,8 +537,8 @@ class Codec:
     def _z_hat(self, stream: Bitstream) -> Tensor:
         """(hyper, rows, columns) int16, checked."""
         header = stream.header
-        rows, columns = (-(-side // HYPER_STRIDE) for side in (header.height, header.width))
-        z_hat = decode_z(stream.z, self._tables_of_z(header.quality), rows, columns)
+        columns, rows = (-(-side // HYPER_STRIDE) for side in header.coded_size)
+        z_hat = decode_z(stream.z, self._tables_of_z(header.coded_quality), rows, columns)
         if z_hat.min() < -Z_LIMIT or z_hat.max() > Z_LIMIT:
             raise BitstreamError(f"hyper-latents beyond {Z_LIMIT}")
         return torch.from_numpy(z_hat.astype(np.int16)).to(self.device)
@@ -507,7 +547,7 @@ class Codec:
         self, z_hat: Tensor, header: Header, within: Rectangle
     ) -> SideInformation:
         return self.networks.side_information(
-            z_hat[None], self.networks.quality(header.quality), within
+            z_hat[None], self.networks.quality(header.coded_quality), within
         )
 
     def _decode_tiles(
@@ -630,6 +670,12 @@ def _to_tensor(image: NDArray[np.uint8]) -> Tensor:
 def _to_gray(pixels: Tensor) -> Tensor:
     """(H, W, 3) uint8 -> (H, W) uint8, the rounded mean of the channels."""
     return ((pixels.int().sum(2) * 2 + 3) // 6).to(torch.uint8)
+
+
+def _squared_error(encoded: Encoded, image: NDArray[np.uint8]) -> float:
+    """Of a measured encoding, summed over the pixels; in each the mean over its samples."""
+    assert encoded.psnr is not None
+    return float(image.shape[0] * image.shape[1] * 255**2 * 10 ** (-encoded.psnr / 10))
 
 
 def _psnr(a: Tensor, b: Tensor) -> float:

@@ -23,12 +23,27 @@ def quality_to_lambda(quality: Tensor) -> Tensor:
     return LAMBDA_MIN * (LAMBDA_MAX / LAMBDA_MIN) ** (quality / 100)
 
 
+Cosets = tuple[tuple[int, int], ...]
+"""Positions by the remainders of their row and column by 2."""
+
+_EVEN: Cosets = ((0, 0), (1, 1))
+_ODD: Cosets = ((0, 1), (1, 0))
+_STEPS: dict[int, tuple[Cosets | None, ...]] = {
+    1: (None,),
+    2: (_EVEN, _ODD),
+    3: (_EVEN[:1], _EVEN[1:], _ODD),
+}
+"""Where the steps in which a group is coded take place: at once, in the halves of a checkerboard,
+or in two quarters and a half."""
+
+
 @dataclass(frozen=True)
 class CodingPass:
     """Symbols that are coded at once, given those of earlier passes.
 
-    Channels [start, stop), at the positions whose row + column is even (parity 0) or odd (1), or
-    at all (None). Their prior sees the channels [0, known), as zeros where not coded yet.
+    Channels [start, stop), at the positions in `cosets`, or at all (None). Their prior sees the
+    channels [0, known), as zeros where not coded yet: those of the groups before, and its own
+    channels where an earlier step has coded them.
 
     Sources: He et al., "Checkerboard context model for efficient learned image compression", CVPR
     2021; Minnen and Singh, "Channel-wise autoregressive entropy models", ICIP 2020.
@@ -36,15 +51,21 @@ class CodingPass:
 
     start: int
     stop: int
-    parity: int | None
+    cosets: Cosets | None
     known: int
+
+    @property
+    def continues(self) -> bool:
+        """Whether an earlier pass has coded the same channels at other positions."""
+        return self.known == self.stop
 
     def mask(self, height: int, width: int, device: torch.device) -> Tensor | None:
         """(height, width) bool, True where the pass codes; None where it codes everywhere."""
-        if self.parity is None:
+        if self.cosets is None:
             return None
-        rows = torch.arange(height, device=device)[:, None]
-        chosen: Tensor = (rows + torch.arange(width, device=device)) % 2 == self.parity
+        chosen = torch.zeros((height, width), dtype=torch.bool, device=device)
+        for row, column in self.cosets:
+            chosen[row::2, column::2] = True
         return chosen
 
 
@@ -53,8 +74,10 @@ class ModelConfig:
     """Shape of the networks; stored in the weights file.
 
     groups: latent channels in the order in which they are coded, split into groups that add up to
-        `latent`; a later group's prior sees the symbols of the earlier ones, and the first group
-        is coded in two halves of a checkerboard. Empty: all at once, from z alone.
+        `latent`; a later group's prior sees the symbols of the earlier ones. Empty: all at once,
+        from z alone.
+    steps: how many steps each group is coded in, 1 to 3; a later step's prior sees the symbols of
+        the earlier ones around it. Empty: two for the first group and one for the others.
     """
 
     latent: int = 320
@@ -70,22 +93,32 @@ class ModelConfig:
     groups: tuple[int, ...] = ()
     mean_context_width: int = 64
     scale_context_width: int = 64
+    steps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", tuple(self.groups))  # JSON has lists alone
+        object.__setattr__(
+            self,
+            "steps",
+            tuple(self.steps) or (2, *(1 for _ in self.groups[1:]))[: len(self.groups)],
+        )
         if self.groups and sum(self.groups) != self.latent:
             raise ValueError(f"groups {self.groups} do not add up to {self.latent} channels")
+        if len(self.steps) != len(self.groups) or not set(self.steps) <= set(_STEPS):
+            raise ValueError(f"steps {self.steps} are not 1 to 3 for each of groups {self.groups}")
 
     @property
     def passes(self) -> tuple["CodingPass", ...]:
         """The steps in which the symbols of a tile are coded."""
         if not self.groups:
             return (CodingPass(0, self.latent, None, 0),)
-        first = self.groups[0]
-        passes = [CodingPass(0, first, 0, 0), CodingPass(0, first, 1, first)]
-        for size in self.groups[1:]:
-            start = passes[-1].stop
-            passes.append(CodingPass(start, start + size, None, start))
+        passes: list[CodingPass] = []
+        start = 0
+        for size, steps in zip(self.groups, self.steps, strict=True):
+            stop = start + size
+            for number, cosets in enumerate(_STEPS[steps]):
+                passes.append(CodingPass(start, stop, cosets, stop if number else start))
+            start = stop
         return tuple(passes)
 
     @property
@@ -99,5 +132,5 @@ class ModelConfig:
         return receptive_radius(self.synthesis_blocks8, self.synthesis_blocks16)
 
 
-STANDARD = ModelConfig(groups=(16, 48, 256))
+STANDARD = ModelConfig(groups=(16, 48, 256), steps=(3, 2, 1))
 """What `vaestream train` trains from nothing."""

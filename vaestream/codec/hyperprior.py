@@ -126,8 +126,11 @@ class Hyperprior(nn.Module):
             mask = p.mask(y.shape[2], y.shape[3], y.device)
             if mask is not None:
                 cost, coded, decoded = cost * mask, coded * mask, decoded * mask
-            if p.parity == 1:  # the rest of the group that the pass before has begun
-                residual, symbols = residual + decoded, symbols + coded
+            if p.continues:
+                residual = torch.cat(
+                    [residual[:, : p.start], residual[:, p.start :] + decoded], dim=1
+                )
+                symbols = torch.cat([symbols[:, : p.start], symbols[:, p.start :] + coded], dim=1)
             else:
                 residual = torch.cat([residual, decoded], dim=1)
                 symbols = torch.cat([symbols, coded], dim=1)

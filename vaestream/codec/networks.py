@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bitstream import Rectangle
-from .config import HYPER_STRIDE, Z_LIMIT, CodingPass
+from .config import HYPER_STRIDE, Z_LIMIT, CodingPass, Cosets
 from .exact import ExactScaleBranch
 from .transforms import CORRECTION_UNIT, STRIDE, depth_to_space, space_to_depth
 from .weights_file import Weights
@@ -23,6 +23,7 @@ from .windows import windows
 _LATENTS_PER_Z = HYPER_STRIDE // STRIDE
 _Z_HALO = 2  # how far, in z, the features of a latent reach
 _STRIP = 64  # rows of latents
+_PRECISE = 64  # latent channels of the linear path whose values 8 bits cannot hold
 _FINISH_POSITIONS = 512
 
 
@@ -84,13 +85,13 @@ class _TilePrior:
 
     def __init__(self, networks: "Networks", features: Tensor) -> None:
         _, height, width, _ = features.shape
-        self._masks: dict[int | None, Tensor | None] = {
-            p.parity: p.mask(height, width, features.device) for p in networks.config.passes
+        self._masks: dict[Cosets | None, Tensor | None] = {
+            p.cosets: p.mask(height, width, features.device) for p in networks.config.passes
         }
 
     def mask(self, p: CodingPass) -> Tensor | None:
         """(h, w) bool, True where the pass codes; None where it codes everywhere."""
-        return self._masks[p.parity]
+        return self._masks[p.cosets]
 
 
 class ScalePrior(_TilePrior):
@@ -149,7 +150,7 @@ class MeanPrior(_TilePrior):
         decoded = symbols + (mean - self._mean[..., part])
         mask = self.mask(p)
         if mask is not None:
-            if p.parity == 0:
+            if not p.continues:
                 self._residual[..., part] = 0
             decoded = torch.where(mask[:, :, None], decoded, self._residual[..., part])
         self._residual[..., part] = decoded
@@ -176,11 +177,16 @@ class Networks:
         self.config = self.model.config
         self.device = device
         self._window = window
-        # The linear paths, the mean branch and the quality tables stay in float32.
+        # The linear path of g_a, the mean branch and the quality tables stay in float32, and of the
+        # linear path of g_s the channels with large values.
         for part in (self.model.g_a, self.model.g_s, self.model.h_a):
             for module in part.modules():
                 if isinstance(module, torch.nn.Conv2d):
                     module.to(dtype)
+        linear = self.model.g_s.linear
+        precise = self.config.latent if dtype == torch.float32 else _PRECISE
+        self._linear = linear[:, :precise].contiguous()
+        self._linear_rest = linear[:, precise:].to(dtype)
         self.mean_contexts = self.model.h_s_mean.folded_contexts()
         self.exact = ExactScaleBranch(self.model.h_s_scale.integer_layers(), device)
         self.exact.self_test(weights.known_answer)
@@ -286,7 +292,10 @@ class Networks:
         for top in range(0, height, step):
             strip = y_hat[top : top + step]
             rows = strip.shape[0]
-            levels = F.linear(strip.reshape(-1, latent), self.model.g_s.linear, offset)
+            large, rest = strip.reshape(-1, latent).tensor_split([self._linear.shape[1]], dim=1)
+            levels = F.linear(large, self._linear, offset)
+            if rest.shape[1]:
+                levels.add_(F.linear(rest.to(self._linear_rest.dtype), self._linear_rest))
             # (row, column, dy of 4, dx of 4, 48): every latent's 4x4 places of the correction
             levels = levels.view(rows, width, 4, 4, 48)
             part = correction[4 * top : 4 * (top + rows)].reshape(rows, 4, width, 4, 48)

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from .entropy import Table
 
 DEAD_ZONE = 0.6
-_SQUARED_ERROR_OF_A_BIT = math.log(2) / 6
+SQUARED_ERROR_OF_A_BIT = math.log(2) / 6
+"""Squared steps that are worth a bit at the best step size (the slope of a uniform quantiser at
+high rate)."""
 
 _Numbers = TypeVar("_Numbers", NDArray[np.float64], torch.Tensor)
 
@@ -30,7 +32,7 @@ def rounding_offsets(tables: Sequence[Table], strength: float = DEAD_ZONE) -> ND
 
 def rounding_offset(bits: _Numbers, strength: float = DEAD_ZONE) -> _Numbers:
     """`rounding_offsets`, given how many bits a symbol 1 costs more than a 0."""
-    return (0.5 - 0.5 * strength * _SQUARED_ERROR_OF_A_BIT * bits).clip(0.0, 0.5)
+    return (0.5 - 0.5 * strength * SQUARED_ERROR_OF_A_BIT * bits).clip(0.0, 0.5)
 
 
 def solve_quality(

@@ -1,39 +1,51 @@
 """Refining the latents of one photo by gradient descent: fewer bits, or less error, same decoder.
 
-The networks give every photo the latents that are best on average. Here the latents themselves
-descend on bits + lambda * distortion of the photo at hand, with rounding replaced by a random
-choice between the two neighbouring integers that grows ever more certain.
+The analysis transform cannot know how the latents will be rounded, so it leaves it to chance how
+the errors of neighbours add up in the picture. Here the latents of the photo at hand follow the
+error that coding really leaves: a step rounds them as the encoder will, takes the gradient of bits
++ lambda * squared error there, and moves each latent part of the way to where it were best if all
+others stayed.
 
-Source: Yang, Bamler and Mandt, "Improving inference for neural image compression", NeurIPS 2020
-(stochastic Gumbel annealing).
+Sources: Campos et al., "Content adaptive optimization for neural image compression", CVPRW 2019
+(descent on one photo's latents); the steps are those of damped Jacobi iteration.
 """
 
 import torch
 from torch import Tensor
 
 from .bitstream import TILE
+from .coding_costs import CodingCosts
 from .config import quality_to_lambda
 from .networks import Networks
-from .priors import gaussian_bits, scale_of_index
+from .rate_control import SQUARED_ERROR_OF_A_BIT
 from .transforms import STRIDE
 
 _BLOCK = 2 * TILE  # latents; memory grows with its area
-_LEARNING_RATE = 0.02  # steps of the quantiser
-_WARM, _COLD = 0.5, 0.1  # temperatures
+_DAMPING = 0.3  # of the first step; then falling to 0. From about 0.4 on neighbours overshoot.
+_OWN_BITS = 0.5
+"""Share of a symbol's bits that counts in the gradient of its own latent, not only in that of its
+prediction: the dead zone of the rounding charges for them too."""
 
 
 def refine(
-    networks: Networks, pixels: Tensor, y: Tensor, z_hat: Tensor, quality: Tensor, *, steps: int
+    networks: Networks,
+    costs: CodingCosts,
+    pixels: Tensor,
+    y: Tensor,
+    z_hat: Tensor,
+    quality: Tensor,
+    *,
+    steps: int,
 ) -> Tensor:
     """Better latents for the same z_hat.
 
     pixels: (H, W, 3) uint8. y: (rows, columns, latent) float32, scaled by the gain. z_hat: (1,
-    hyper, h, w) int32. quality: (1,). steps: gradient steps for every block of 1024x1024 pixels.
-    Returns scaled latents, near integers from their means.
+    hyper, h, w) int32. quality: (1,). steps: gradient steps for every block of 1024x1024 pixels,
+    each of which costs about two syntheses. Returns scaled latents, to be coded as y would be.
     """
     # Called from inside inference mode, whose tensors autograd does not take.
     with torch.inference_mode(False), torch.enable_grad():
-        picture = pixels.clone().float().sub_(128).permute(2, 0, 1)[None]
+        picture = pixels.clone().permute(2, 0, 1)[None]
         quality = quality.clone()
         z = z_hat.clone().float()
         model = networks.model
@@ -47,9 +59,8 @@ def refine(
         for top in range(0, rows, _BLOCK):
             for left in range(0, columns, _BLOCK):
                 block = slice(top, top + _BLOCK), slice(left, left + _BLOCK)
-                _Block(networks, picture, latents, mean, features, quality, block).descend(
-                    steps, refined
-                )
+                piece = _Block(networks, costs, picture, latents, mean, features, quality, block)
+                piece.descend(steps, refined)
         return refined[0].permute(1, 2, 0)
 
 
@@ -59,6 +70,7 @@ class _Block:
     def __init__(
         self,
         networks: Networks,
+        costs: CodingCosts,
         picture: Tensor,
         latents: Tensor,
         mean: Tensor,
@@ -67,11 +79,12 @@ class _Block:
         block: tuple[slice, slice],
     ) -> None:
         self._model = networks.model
+        self._costs = costs
         self._quality = quality
         self._gain = networks.gain(quality).clone()[None, :, None, None]
         self._weight = float(quality_to_lambda(quality))
         self._block = block
-        self._y = latents[:, :, *block].clone().requires_grad_(True)
+        self._y = latents[:, :, *block].clone()
         self._mean, self._features = mean[:, :, *block], features[:, :, *block]
         # Latents around the block stay as rounding leaves them, about.
         halo = networks.config.synthesis_radius
@@ -83,36 +96,36 @@ class _Block:
         self._around = mean[:, :, *outer] + torch.round(latents[:, :, *outer] - mean[:, :, *outer])
         self._at = (block[0].start - top, block[1].start - left)
         crop = picture[:, :, top * STRIDE : bottom * STRIDE, left * STRIDE : right * STRIDE]
-        self._picture = crop.to(memory_format=torch.channels_last)
-        # The same photo gives the same bytes.
-        self._noise = torch.Generator(networks.device).manual_seed(0)
+        self._picture = crop.float().sub_(128).contiguous(memory_format=torch.channels_last)
 
     def descend(self, steps: int, refined: Tensor) -> None:
         """Take the steps, and write the result into its place in `refined`."""
-        optimizer = torch.optim.Adam([self._y], lr=_LEARNING_RATE)
         for step in range(steps):
-            progress = step / steps
-            for group in optimizer.param_groups:
-                group["lr"] = _LEARNING_RATE * (1 - progress)
-            temperature = _WARM * (_COLD / _WARM) ** progress
-            loss = self._cost(temperature)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-        refined[:, :, *self._block] = self._y.detach()
+            y = self._y.clone().requires_grad_(True)
+            cost, decoded = self._cost(y)
+            cost.backward()  # type: ignore[no-untyped-call]
+            assert y.grad is not None
+            # The cost's second derivative, in bits: about alike for all latents, since the gains
+            # balance error and rate.
+            best = decoded - y.grad * (SQUARED_ERROR_OF_A_BIT / 2)
+            self._y = torch.lerp(self._y, best, _DAMPING * (1 - step / steps))
+        refined[:, :, *self._block] = self._y
 
-    def _cost(self, temperature: float) -> Tensor:
-        """Bits + lambda * squared error, over all pixels that the block has a say in."""
+    def _cost(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Bits + lambda * squared error over all pixels that the block has a say in, and what is
+        decoded of its latents. Gradients pass straight through the rounding.
+        """
 
         def relax(y: Tensor, prediction: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-            uniform = torch.rand(y.shape, generator=self._noise, device=y.device)
-            soft = _soft_round(y - prediction, temperature, uniform)
-            return gaussian_bits(soft, scale_of_index(index)), soft
+            row, value = index.long(), (y - prediction).detach()
+            symbol, (rise, _) = self._costs.round(row, value), self._costs.slope(row, value)
+            change = _OWN_BITS * (y - y.detach()) - (prediction - prediction.detach())
+            return self._costs.bits(row, symbol) + rise * change, symbol + (y - y.detach())
 
         y_hat, bits = zip(
             *(
-                self._model.relaxed_code(y, mean, features, relax)
-                for y, mean, features in self._tiles()
+                self._model.relaxed_code(part, mean, features, relax)
+                for part, mean, features in self._tiles(y)
             ),
             strict=True,
         )
@@ -130,30 +143,16 @@ class _Block:
         error = (decoded[:, :, : target.shape[2], : target.shape[3]] - target).square().sum()
         # lambda is per MSE of the three samples of a pixel together.
         cost: Tensor = torch.stack([b.sum() for b in bits]).sum() + self._weight / 3 * error
-        return cost
+        return cost, block.detach()
 
-    def _tiles(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        height, width = self._y.shape[2:]
+    def _tiles(self, y: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        height, width = y.shape[2:]
         return [
             (
-                self._y[:, :, r : r + TILE, c : c + TILE],
+                y[:, :, r : r + TILE, c : c + TILE],
                 self._mean[:, :, r : r + TILE, c : c + TILE],
                 self._features[:, :, r : r + TILE, c : c + TILE],
             )
             for r in range(0, height, TILE)
             for c in range(0, width, TILE)
         ]
-
-
-def _soft_round(x: Tensor, temperature: float, uniform: Tensor) -> Tensor:
-    """A sample between floor(x) and floor(x) + 1: the nearer is the likelier.
-
-    The logits are -atanh of the distances, over the temperature; the sample is that of a binary
-    concrete distribution. uniform: as x, in [0, 1).
-    """
-    low = torch.floor(x)
-    up = (x - low).clamp(1e-4, 1 - 1e-4)
-    logit = (torch.atanh(up) - torch.atanh(1 - up)) / temperature
-    uniform = uniform.clamp(1e-6, 1 - 1e-6)
-    noise = torch.log(uniform) - torch.log1p(-uniform)
-    return low + torch.sigmoid((logit + noise) / temperature)

@@ -1,5 +1,6 @@
 """Which part of a picture is wanted, how large, and what has to be decoded for it."""
 
+import math
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -17,19 +18,23 @@ Region = tuple[int, int, int, int]
 _SHRINKS = (8, 4, 2)
 _MARGIN = 1.5
 _ENOUGH = 4
+_LANCZOS = 3  # pixels to either side from which the filter makes one between them
 
 
 @dataclass(frozen=True)
 class View:
     """A region of a picture, at a size.
 
-    region: what is seen. size: width and height in pixels of what is shown. shrink: the synthesis
-    gives 1, 1/2, 1/4 or 1/8 of the region's size; Lanczos resampling does the rest.
+    region: what is seen. size: width and height in pixels of what is shown. scale: how many pixels
+    of the coded picture there are, across and down, for one of the picture: 1 unless it is reduced.
+    shrink: the synthesis gives 1, 1/2, 1/4 or 1/8 of the coded picture's size; Lanczos resampling
+    does the rest.
     """
 
     region: Region
     size: tuple[int, int]
     shrink: int
+    scale: tuple[float, float] = (1.0, 1.0)
 
     @classmethod
     def of(
@@ -39,11 +44,13 @@ class View:
         *,
         region: Region | None = None,
         max_size: int | None = None,
-        reduced: bool = True,
+        coded_size: tuple[int, int] | None = None,
+        synthesis: bool = True,
     ) -> "View":
         """Of a picture of width x height: a region or all of it, its longer side at most max_size.
 
-        reduced: whether a synthesis does part of the shrinking; False where the pixels are there.
+        coded_size: width and height of the coded picture, where it is smaller. synthesis: whether
+        one does part of the shrinking; False where the pixels are there.
 
         A picture is never enlarged. The synthesis shrinks by averaging, which blurs more than a
         good filter; so it leaves Lanczos at least a factor of 1.5 to do. Raises ValueError for a
@@ -56,11 +63,15 @@ class View:
                 f"region {(x, y, w, h)} (left, top, width, height) does not lie inside a picture "
                 f"of {width}x{height}"
             )
+        coded_width, coded_height = coded_size or (width, height)
+        scale = coded_width / width, coded_height / height
         if max_size is None or max(w, h) <= max_size:
-            return cls((x, y, w, h), (w, h), 1)
-        scale = max(w, h) / max_size
-        shrink = next((s for s in _SHRINKS if reduced and s * _MARGIN <= scale), 1)
-        return cls((x, y, w, h), (max(1, round(w / scale)), max(1, round(h / scale))), shrink)
+            return cls((x, y, w, h), (w, h), 1, scale)
+        factor = max(w, h) / max_size
+        left = factor * min(scale) / _MARGIN
+        shrink = next((s for s in _SHRINKS if synthesis and s <= left), 1)
+        size = max(1, round(w / factor)), max(1, round(h / factor))
+        return cls((x, y, w, h), size, shrink, scale)
 
     def latents(self, rows: int, columns: int, *, halo: int) -> Rectangle:
         """The latents, of a grid of rows x columns, that the region follows from.
@@ -68,13 +79,14 @@ class View:
         halo: how far beyond its own position a latent reaches in the networks; averages come from
         the linear path alone, in which none does.
         """
-        x, y, w, h = self.region
+        left, top, right, bottom = self._coded_region
         halo = halo if self.shrink == 1 else 0
+        margin = _LANCZOS if self._is_reduced else 0
         return (
-            max(0, y // STRIDE - halo),
-            max(0, x // STRIDE - halo),
-            min(rows, -(-(y + h) // STRIDE) + halo),
-            min(columns, -(-(x + w) // STRIDE) + halo),
+            max(0, math.floor((top - margin) / STRIDE) - halo),
+            max(0, math.floor((left - margin) / STRIDE) - halo),
+            min(rows, math.ceil((bottom + margin) / STRIDE) + halo),
+            min(columns, math.ceil((right + margin) / STRIDE) + halo),
         )
 
     def passes(self, passes: tuple[CodingPass, ...]) -> int:
@@ -90,8 +102,19 @@ class View:
 
     @property
     def is_crop(self) -> bool:
-        """Whether the region is shown at its own size."""
-        return self.size == self.region[2:]
+        """Whether the region is shown with the pixels that are coded."""
+        return self.size == self.region[2:] and not self._is_reduced
+
+    @property
+    def _is_reduced(self) -> bool:
+        return self.scale != (1.0, 1.0)
+
+    @property
+    def _coded_region(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of the region in the coded picture."""
+        x, y, w, h = self.region
+        across, down = self.scale
+        return x * across, y * down, (x + w) * across, (y + h) * down
 
     def place(self, top: int, left: int) -> tuple[slice, slice]:
         """Rows and columns of the region in pixels whose first one lies at (top, left)."""
@@ -99,19 +122,20 @@ class View:
         return slice(y - top, y - top + h), slice(x - left, x - left + w)
 
     def show(self, pixels: NDArray[np.uint8], top: int = 0, left: int = 0) -> NDArray[np.uint8]:
-        """The view, from (reduced) pixels whose first one lies at (top, left) of the picture."""
-        x, y, w, h = self.region
-        if self.shrink == 1:
+        """The view, from the pixels of the synthesis, whose first one lies at (top, left) of the
+        coded picture."""
+        x_start, y_start, x_end, y_end = self._coded_region
+        if self.shrink == 1 and not self._is_reduced:
             pixels = pixels[self.place(top, left)]
             if self.is_crop:
                 return np.ascontiguousarray(pixels)
-            top, left = y, x
-        # Clipped: the last reduced pixel of a picture may reach beyond its edge.
+            left, top = self.region[:2]
+        # Clipped: the last shrunk pixel of a picture may reach beyond its edge.
         box = (
-            (x - left) / self.shrink,
-            (y - top) / self.shrink,
-            min(pixels.shape[1], (x - left + w) / self.shrink),
-            min(pixels.shape[0], (y - top + h) / self.shrink),
+            (x_start - left) / self.shrink,
+            (y_start - top) / self.shrink,
+            min(pixels.shape[1], (x_end - left) / self.shrink),
+            min(pixels.shape[0], (y_end - top) / self.shrink),
         )
         image = Image.fromarray(pixels).resize(self.size, Image.Resampling.LANCZOS, box)
         return np.asarray(image)
@@ -138,4 +162,4 @@ def see(
 ) -> NDArray[np.uint8]:
     """The view of a picture that is there whole, (H, W, 3) or (H, W). Raises as `View.of` does."""
     height, width = pixels.shape[:2]
-    return View.of(width, height, region=region, max_size=max_size, reduced=False).show(pixels)
+    return View.of(width, height, region=region, max_size=max_size, synthesis=False).show(pixels)

@@ -28,8 +28,8 @@ from .priors import SCALE_WEIGHT_BITS, integer_weight
 from .transforms import QUALITY_NODES
 
 _FORMAT = "vaestream-weights"
-_VERSION = "2"
-_READABLE = ("1", "2")  # version 1 is a model without contexts
+_VERSION = "3"
+_READABLE = ("1", "2", "3")  # 1 had no contexts, 2 no choice of the steps
 _BFLOAT16_PARTS = ("g_a.", "g_s.", "h_a.")
 _TOTAL_COUNT = 1 << 22
 _PRIOR_STRENGTH = 32.0  # symbols of prior for every symbol a table holds
@@ -108,7 +108,7 @@ def import_weights(data: bytes) -> Weights:
     if metadata.get("version") not in _READABLE:
         raise WeightsError(
             f"weights of version {metadata.get('version')}; "
-            f"this release reads {' and '.join(_READABLE)}"
+            f"this release reads {', '.join(_READABLE)}"
         )
     try:
         model = Hyperprior(ModelConfig(**json.loads(metadata["config"])))

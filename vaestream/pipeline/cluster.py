@@ -227,8 +227,13 @@ def ray_session(address: str | None) -> Iterator[bool]:
             # Ray puts its own in place, which ends the process without a word.
             signal.signal(signal.SIGTERM, handler)
         yield where != "local"
-    except ConnectionError as error:
-        raise VaestreamError(f"no Ray cluster at {where}: {error}") from error
-    finally:
         logger.setLevel(level)
+    except ConnectionError as error:
+        logger.setLevel(level)
+        raise VaestreamError(f"no Ray cluster at {where}: {error}") from error
+    except BaseException:
+        # Threads of Ray Data that are not done yet would report the end as an error of theirs.
+        logger.setLevel(logging.CRITICAL)
+        raise
+    finally:
         ray.shutdown()

@@ -226,7 +226,8 @@ def compress(
             raise ArchiveError(
                 f"{prepared.url}: other jobs commit to it time and again; run again later"
             )
-    if lease is not None and not lease.others():
+    # Also where there was nothing to do: the run before may have been killed just before this.
+    if not (lease or Lease(place.fs, place.root, crew.run_id)).others():
         place.clear()
     assert place.manifest is not None
     seconds = time.monotonic() - begin

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from vaestream.errors import SourceError
 from vaestream.images import Photo, load
+
+_ENLARGE = 3.0
 
 
 @dataclass(frozen=True)
@@ -21,18 +24,28 @@ class PhotoSet:
     photos: tuple[NDArray[np.uint8], ...]
     names: tuple[str, ...]
 
-    def crops(self, count: int, size: int, rng: np.random.Generator) -> Tensor:
+    def crops(
+        self, count: int, size: int, rng: np.random.Generator, *, enlarged: float = 0.0
+    ) -> Tensor:
         """(count, 3, size, size) float32 pixels minus 128, channels-last.
 
         Photos are drawn in proportion to their area, places uniformly; half are mirrored.
+        enlarged: the share that shows less of its photo, enlarged up to `_ENLARGE` times: as smooth
+        as photos straight from a camera, where a collection holds shrunk ones.
         """
         areas = np.array([p.shape[0] * p.shape[1] for p in self.photos], np.float64)
         batch = np.empty((count, size, size, 3), np.uint8)
         for i, index in enumerate(rng.choice(len(areas), count, p=areas / areas.sum())):
             photo = self.photos[index]
-            top = rng.integers(photo.shape[0] - size + 1)
-            left = rng.integers(photo.shape[1] - size + 1)
-            crop = photo[top : top + size, left : left + size]
+            side = size
+            if rng.random() < enlarged:
+                side = round(size / rng.uniform(1.0, _ENLARGE))
+            top = rng.integers(photo.shape[0] - side + 1)
+            left = rng.integers(photo.shape[1] - side + 1)
+            crop = photo[top : top + side, left : left + side]
+            if side < size:
+                picture = Image.fromarray(crop).resize((size, size), Image.Resampling.BICUBIC)
+                crop = np.asarray(picture)
             batch[i] = crop[:, ::-1] if rng.random() < 0.5 else crop
         return torch.from_numpy(batch).permute(0, 3, 1, 2).float() - 128
 

@@ -46,6 +46,7 @@ class TrainingSettings:
     linear: share of the run at its start in which only the linear transform and the entropy model
         learn (skipped when the run starts from given weights).
     real: learn with `RealCoding`, by the tables of the given weights, in place of noise.
+    enlarged: share of the crops that are enlarged (`PhotoSet.crops`).
     encoder: whether what the decoder has no part in learns too: g_a, h_a and the gains.
     """
 
@@ -60,6 +61,7 @@ class TrainingSettings:
     linear: float = 0.03
     real: bool = False
     encoder: bool = True
+    enlarged: float = 0.0
     validation_photos: int = 16
     max_gigabytes: float = 4.0
     seed: int = 0
@@ -235,7 +237,8 @@ class _Run:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * self.rate()
-        x = photos.crops(s.batch, s.crop, self.rng).to(device, memory_format=torch.channels_last)
+        x = photos.crops(s.batch, s.crop, self.rng, enlarged=s.enlarged)
+        x = x.to(device, memory_format=torch.channels_last)
         # Stratified, so that every batch spans the qualities.
         strata = (np.arange(s.batch) + self.rng.random(s.batch)) * (100 / s.batch)
         quality = torch.from_numpy(strata).float().to(device)

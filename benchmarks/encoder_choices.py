@@ -11,14 +11,14 @@ import argparse
 import time
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rate_distortion import cpu_name
 
 from vaestream.codec import Codec
+from vaestream.codec.encoder import Encoder
 from vaestream.codec.entropy import Table
-from vaestream.codec.rate_control import DEAD_ZONE, rounding_offsets
-from vaestream.codec.weights_file import gaussian_tables
+from vaestream.codec.rounding import DEAD_ZONE
+from vaestream.codec.weights_file import gaussian_tables, import_weights
 from vaestream.training.bd_rate import bd_rate
 from vaestream.training.data import list_photos, load_photos
 
@@ -51,9 +51,9 @@ def main() -> None:
         top, left = ((side - SIDE) // 2 for side in pixels.shape[:2])
         crops.append(pixels[top : top + SIDE, left : left + SIDE])
     codec = Codec.load(args.weights, device="cpu")
-    counted: list[Table] = codec._y_tables
+    loaded = import_weights(codec.weights)
+    counted = loaded.y_tables
     print(f"{len(crops)} photos, model {codec.model_id[:16]}, {cpu_name()}")
-    shipped = codec._rounding
     choices: list[tuple[str, list[Table], float, int]] = [
         ("plain rounding, Gaussian tables", gaussian_tables(), 0.0, 0),
         ("dead zone, Gaussian tables", gaussian_tables(), DEAD_ZONE, 0),
@@ -65,8 +65,9 @@ def main() -> None:
     choices += [(f"shipped, effort {n}", counted, DEAD_ZONE, n) for n in args.effort]
     reference = None
     for name, tables, strength, effort in choices:
-        codec._y_tables = tables
-        codec._rounding = torch.from_numpy(rounding_offsets(tables, strength)).to(shipped.device)
+        codec.encoder = Encoder(
+            codec.networks, tables, loaded.z_tables, loaded.id, dead_zone=strength
+        )
         start = time.perf_counter()
         points = curve(codec, crops, effort)
         seconds = (time.perf_counter() - start) / len(QUALITIES) / len(crops) / (SIDE**2 / 1e6)

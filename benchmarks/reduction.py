@@ -26,7 +26,7 @@ Points = list[tuple[float, float]]
 
 @contextmanager
 def no_reductions() -> Iterator[None]:
-    with patch("vaestream.codec.codec.best_ratio", return_value=1.0):
+    with patch("vaestream.codec.encoder.best_ratio", return_value=1.0):
         yield
 
 

@@ -44,7 +44,7 @@ def squared_error(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 def at_own_size(codec: Codec, image: NDArray[np.uint8], quality: float) -> bytes:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vaestream.codec.codec.best_ratio", lambda *_: 1.0)
+        patch.setattr("vaestream.codec.encoder.best_ratio", lambda *_: 1.0)
         return codec.encode([image], quality)[0]
 
 

@@ -48,7 +48,7 @@ for name, image, quality, ratio in (
     ("reduced", photo_like(75, 101), 60.0, 1.5),
     ("reduced-gray", photo_like(75, 101, channels=1), 20.0, 3.0),
 ):
-    with patch("vaestream.codec.codec.best_ratio", return_value=ratio):
+    with patch("vaestream.codec.encoder.best_ratio", return_value=ratio):
         (blob,) = codec.encode([image], quality)
     (folder / f"{name}.vst").write_bytes(blob)
     np.save(folder / f"{name}.npy", codec.decode([blob])[0])

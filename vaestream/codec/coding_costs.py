@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .config import NUM_SCALES
 from .entropy import Table
-from .rate_control import rounding_offset
+from .rounding import rounding_offset
 
 _MAGNITUDES = 64
 _ESCAPE_BITS = 8.0  # of the value itself: a varint, mostly of one byte

@@ -3,7 +3,9 @@
 import math
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 _SAMPLES_AT_ONCE = 1 << 18  # few enough to stay in the cache
 
@@ -22,3 +24,12 @@ def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
         difference = x[start:end].astype(np.float32) - y[start:end]
         total += float(difference.dot(difference))
     return 10 * math.log10(255**2 * a.size / total) if total else math.inf
+
+
+def tensor_psnr(a: Tensor, b: Tensor) -> float:
+    """`psnr` of two uint8 tensors of as many samples on one device."""
+    total = 0.0
+    for x, y in zip(*(torch.split(t.flatten(), _SAMPLES_AT_ONCE) for t in (a, b)), strict=True):
+        difference = x.float().sub_(y)  # small enough to stay in the cache
+        total += float(difference.dot(difference))
+    return 10 * math.log10(255**2 * a.numel() / total) if total else math.inf

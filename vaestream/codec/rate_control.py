@@ -1,38 +1,108 @@
-"""Decisions of the encoder alone: how to round, and which quality meets a target."""
+"""Which quality meets a target: bits per pixel, or PSNR."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from .entropy import Table
+from .encoder import Encoded, Encoder, squared_error
+from .reduction import Source
 
-DEAD_ZONE = 0.6
-SQUARED_ERROR_OF_A_BIT = math.log(2) / 6
-"""Squared steps that are worth a bit at the best step size (the slope of a uniform quantiser at
-high rate)."""
-
-_Numbers = TypeVar("_Numbers", NDArray[np.float64], torch.Tensor)
+_SEARCH_QUALITY = 50.0
+_RATE_TOLERANCE = 0.02
+_PSNR_TOLERANCE = 0.05
 
 
-def rounding_offsets(tables: Sequence[Table], strength: float = DEAD_ZONE) -> NDArray[np.float32]:
-    """What to add before flooring a magnitude, for every table: 0.5 would be plain rounding.
+def encode_to_rate(
+    encoder: Encoder, image: NDArray[np.uint8], bpp: float, *, measure: bool, effort: int
+) -> Encoded:
+    """At the largest size within 2 % of a target in bits per pixel of the whole bitstream, where
+    the model's range allows.
 
-    A magnitude between two symbols is worth its dearer neighbour only if that saves more error
-    than its bits cost. At the best step size a bit is worth ln(2)/6 squared steps (the slope of a
-    uniform quantiser at high rate), and one table's symbols 0 and 1 differ by log2(p0/p1) bits.
-    In practice only part of that shift pays.
+    Searches with the latents of one analysis, rescaled; then settles on true encodings. Raises
+    ValueError unless the target is above 0.
     """
-    bits = [math.log2(t.counts[-t.low] / t.counts[-t.low + 1]) for t in tables]
-    return rounding_offset(np.array(bits), strength).astype(np.float32)
+    if not bpp > 0:
+        raise ValueError(f"a target of {bpp} bits per pixel cannot be met")
+    pixels = image.shape[0] * image.shape[1]
+    low, high = math.log2(bpp * (1 - _RATE_TOLERANCE)), math.log2(bpp)
+
+    def rate(encoded: Encoded) -> float:
+        return math.log2(len(encoded.data) * 8 / pixels)
+
+    def search(source: Source, guess: float) -> float:
+        latents = encoder.analyse(source.coded, source.coded_quality(_SEARCH_QUALITY))
+        return solve_quality(
+            lambda q: rate(encoder.encode(source, q, measure=False, latents=latents)),
+            low,
+            high,
+            guess=guess,
+            slope=0.04,
+        )
+
+    def settle(source: Source, guess: float) -> Encoded:
+        tried: dict[float, Encoded] = {}
+
+        def of_whole(q: float) -> float:
+            # Measured at once: the first try mostly stands, and a second encoding costs more.
+            tried[q] = encoder.encode(source, q, measure=measure, effort=effort)
+            return rate(tried[q])
+
+        solve_quality(of_whole, low, high, guess=guess, slope=0.04, evaluations=4)
+        within = [e for e in tried.values() if rate(e) <= high]
+        return max(within, key=rate) if within else min(tried.values(), key=rate)
+
+    whole = Source.of(image)
+    quality = search(whole, _SEARCH_QUALITY)
+    reduced = encoder.source(image, quality)
+    if reduced.ratio > 1:
+        found = settle(reduced, search(reduced, quality))
+        if rate(found) >= low:
+            return found  # else the model's range ends below: the whole reaches farther
+    return settle(whole, quality)
 
 
-def rounding_offset(bits: _Numbers, strength: float = DEAD_ZONE) -> _Numbers:
-    """`rounding_offsets`, given how many bits a symbol 1 costs more than a 0."""
-    return (0.5 - 0.5 * strength * SQUARED_ERROR_OF_A_BIT * bits).clip(0.0, 0.5)
+def encode_to_psnr(
+    encoder: Encoder, image: NDArray[np.uint8], psnr: float, *, effort: int
+) -> Encoded:
+    """The smallest that reaches a target in dB, where the model's range allows.
+
+    Searches on sample patches; then settles on the whole picture.
+    """
+    patches = [Source.of(p) for p in sample_patches(image, side=512, count=3)]
+
+    def of_patches(q: float) -> float:
+        error = sum(squared_error(encoder.encode(p, q, measure=True), p.image) for p in patches)
+        error /= sum(p.image.shape[0] * p.image.shape[1] for p in patches)
+        return 10 * math.log10(255**2 / error) if error else math.inf
+
+    def settle(source: Source) -> list[Encoded]:
+        tried: dict[float, Encoded] = {}
+
+        def of_whole(q: float) -> float:
+            tried[q] = encoder.encode(source, q, measure=True, effort=effort)
+            value = tried[q].psnr
+            assert value is not None
+            return value
+
+        solve_quality(of_whole, psnr, high, guess=guess, slope=0.12)
+        return list(tried.values())
+
+    high = psnr + _PSNR_TOLERANCE
+    guess = _SEARCH_QUALITY
+    if len(patches) > 1:
+        guess = solve_quality(of_patches, psnr, high, guess=guess, slope=0.12)
+    tried: list[Encoded] = []
+    reduced = encoder.source(image, guess)
+    if reduced.ratio > 1:
+        tried = settle(reduced)
+    if not any(e.psnr is not None and e.psnr >= psnr for e in tried):
+        tried = settle(Source.of(image))
+    reached = [e for e in tried if e.psnr is not None and e.psnr >= psnr]
+    if reached:
+        return min(reached, key=lambda e: len(e.data))
+    return max(tried, key=lambda e: e.psnr or 0.0)
 
 
 def solve_quality(

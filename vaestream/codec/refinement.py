@@ -17,7 +17,7 @@ from .bitstream import TILE
 from .coding_costs import CodingCosts
 from .config import quality_to_lambda
 from .networks import Networks
-from .rate_control import SQUARED_ERROR_OF_A_BIT
+from .rounding import SQUARED_ERROR_OF_A_BIT
 from .transforms import STRIDE
 
 _BLOCK = 2 * TILE  # latents; memory grows with its area

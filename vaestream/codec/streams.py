@@ -1,5 +1,7 @@
 """Entropy-coded streams of a photo: z, whole, and y, a tile at a time."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,6 +21,11 @@ def decode_z(data: bytes, tables: list[Table], height: int, width: int) -> NDArr
     """Inverse of `encode_z`: (hyper, height, width) int32."""
     symbols = GroupDecoder(data).take(tables, _equal_ends(len(tables), height * width))
     return symbols.reshape(len(tables), height, width)
+
+
+def tables_of_z(tables: Sequence[Sequence[Table]], quality: float) -> list[Table]:
+    """Those of one quality, one a channel, out of those for qualities from 0 to 100."""
+    return list(tables[round(quality / 100 * (len(tables) - 1))])
 
 
 def _equal_ends(groups: int, size: int) -> list[int]:

@@ -57,7 +57,7 @@ def export_weights(
 ) -> bytes:
     """Bytes of a weights file. The model is on the CPU.
 
-    symbol_counts: what `Codec.count_symbols` gave, summed over photos and qualities; the tables
+    symbol_counts: what `Encoder.count_symbols` gave, summed over photos and qualities; the tables
     then follow it instead of the Gaussian of their scale.
     """
     tensors: dict[str, Tensor] = {}

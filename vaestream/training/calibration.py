@@ -30,12 +30,12 @@ def calibrated_weights(model: Hyperprior, photos: PhotoSet, *, seed: int = 0) ->
 
 
 def _counts(weights: bytes, crops: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.int64]]:
-    """`Codec.count_symbols`, summed over crops and qualities."""
+    """`Encoder.count_symbols`, summed over crops and qualities."""
     codec = Codec(weights, torch.device("cpu"), torch.float32)
     total: list[NDArray[np.int64]] = []
     for crop in crops:
         for quality in _QUALITIES:
-            counts = codec.count_symbols(crop, quality)
+            counts = codec.encoder.count_symbols(crop, quality)
             total = [a + b for a, b in zip(total, counts, strict=True)] if total else counts
     return total
 

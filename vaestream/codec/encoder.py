@@ -1,0 +1,177 @@
+"""The encoding half of the codec: a picture to a bitstream at a quality."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .bitstream import MODEL_ID_BYTES, Header, pack
+from .coding_costs import CodingCosts
+from .entropy import Table
+from .metrics import tensor_psnr
+from .networks import MeanPrior, Networks, ScalePrior, cut
+from .reduction import Source, best_ratio
+from .refinement import refine
+from .rendering import render
+from .rounding import DEAD_ZONE, rounding_offsets
+from .streams import TileEncoder, encode_z, tables_of_z
+from .tiles import batches, paste
+from .view import View
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A bitstream, the quality it was made with (0 to 100) and what decoding it gives.
+
+    psnr: dB over all 8-bit samples of the decoded picture, infinite when equal; None when it was
+    not measured.
+    """
+
+    data: bytes
+    quality: float
+    psnr: float | None
+
+
+class Encoder:
+    """Makes bitstreams of pictures, (H, W, 3) or (H, W) uint8, for callers in inference mode."""
+
+    def __init__(
+        self,
+        networks: Networks,
+        y_tables: Sequence[Table],
+        z_tables: Sequence[Sequence[Table]],
+        model_id: str,
+        *,
+        dead_zone: float = DEAD_ZONE,
+    ) -> None:
+        """y_tables: one a table index. z_tables: one a channel, for qualities from 0 to 100.
+        dead_zone: see `rounding_offsets`."""
+        self._networks = networks
+        self._y_tables = list(y_tables)
+        self._z_tables = z_tables
+        self._model_id = model_id
+        offsets = rounding_offsets(y_tables, dead_zone)
+        self._rounding = torch.from_numpy(offsets).to(networks.device)
+        self._costs = CodingCosts(y_tables, networks.device)
+
+    def source(self, image: NDArray[np.uint8], quality: float) -> Source:
+        """A picture at the size at which it had better be coded."""
+
+        def measure(source: Source) -> tuple[float, float]:
+            encoded = self.encode(source, quality, measure=True)
+            return 8 * len(encoded.data), squared_error(encoded, source.image)
+
+        return Source.of(image, best_ratio(image, quality, measure))
+
+    def analyse(self, image: NDArray[np.uint8], quality: float) -> Tensor:
+        """y of a picture, (rows, columns, latent) float32, gain not applied."""
+        return self._networks.analyse(self._to_rgb(image), self._networks.quality(quality))
+
+    def encode(
+        self,
+        source: Source,
+        quality: float,
+        *,
+        measure: bool,
+        latents: Tensor | None = None,
+        effort: int = 0,
+    ) -> Encoded:
+        """Encode at a quality. measure: say the PSNR too. latents: of another analysis, in place
+        of one. effort: steps of `refine`."""
+        header = source.header(round(quality * 100) / 100, self._model_id)
+        q = self._networks.quality(header.coded_quality)
+        gain = self._networks.gain(q)
+        if latents is None:
+            y = self.analyse(source.coded, header.coded_quality).mul_(gain)
+        else:
+            y = latents * gain
+        z_hat = self._networks.hyper_analyse(y)
+        if effort:
+            pixels = self._to_rgb(source.coded)
+            y = refine(self._networks, self._costs, pixels, y, z_hat, q, steps=effort)
+        side = self._networks.side_information(z_hat, q)
+        z_tables = tables_of_z(self._z_tables, header.coded_quality)
+        z_stream = encode_z(z_hat[0].cpu().numpy(), z_tables)
+        streams = [b""] * header.num_tiles
+        for numbers, rectangles in batches(dict(enumerate(header.tiles()))):
+            means, scales = side.means(rectangles), side.scales(rectangles)
+            encoders = [TileEncoder(self._y_tables) for _ in numbers]
+            for symbols, index in self._quantise(cut(y, rectangles), means, scales):
+                for i, encoder in enumerate(encoders):
+                    encoder.add(symbols[i], index[i])
+            for number, encoder in zip(numbers, encoders, strict=True):
+                streams[number] = encoder.finish()
+            if measure:
+                whole = (0, 0, *header.latent_size)
+                paste(y, whole, rectangles, means.y_hat(self._networks.config.latent), gain)
+        psnr = None
+        if measure:
+            view = View.of(header.width, header.height, coded_size=header.coded_size)
+            decoded = render(self._networks, y, header, view)
+            psnr = tensor_psnr(_to_tensor(source.image).to(self._networks.device), decoded)
+        return Encoded(pack(header, z_stream, streams), header.quality, psnr)
+
+    @torch.inference_mode()
+    def count_symbols(self, image: NDArray[np.uint8], quality: float) -> list[NDArray[np.int64]]:
+        """How often each table codes each symbol in a picture, for calibrating the tables.
+
+        One array a table: counts of the symbols -r..r that the table holds, and of all others.
+        """
+        height, width = image.shape[:2]
+        header = Header(width, height, 3, quality, self._model_id[: 2 * MODEL_ID_BYTES])
+        with torch.autocast(self._networks.device.type, enabled=False):
+            q = self._networks.quality(quality)
+            y = self.analyse(image, quality).mul_(self._networks.gain(q))
+            side = self._networks.side_information(self._networks.hyper_analyse(y), q)
+            counts = [np.zeros(len(t.counts), np.int64) for t in self._y_tables]
+            for _, rectangles in batches(dict(enumerate(header.tiles()))):
+                means, scales = side.means(rectangles), side.scales(rectangles)
+                for symbols, index in self._quantise(cut(y, rectangles), means, scales):
+                    flat, number = symbols.ravel(), index.ravel()
+                    for i in np.unique(number):
+                        table = self._y_tables[i]
+                        category = flat[number == i] - table.low
+                        category[(category < 0) | (category > table.escape)] = table.escape
+                        counts[i] += np.bincount(category, minlength=len(counts[i]))
+        return counts
+
+    def _quantise(
+        self, y: Tensor, means: MeanPrior, scales: ScalePrior
+    ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.uint8]]]:
+        """Symbols and table indices of tiles of scaled latents, pass by pass: (tiles, symbols).
+
+        Symbols are rounded with a dead zone that is wider where leaving zero is dearer.
+        """
+        for number, p in enumerate(self._networks.config.passes):
+            mean, index = means.predict(number, p), scales.predict(number, p)
+            residual = y[..., p.start : p.stop] - mean
+            magnitude = residual.abs().add_(self._rounding[index.int()]).floor_()
+            symbols = torch.copysign(magnitude, residual, out=magnitude)
+            means.reveal(p, symbols, mean)
+            scales.reveal(p, symbols)
+            mask = scales.mask(p)
+            if mask is not None:
+                symbols, index = symbols[:, mask], index[:, mask]
+            yield (
+                symbols.to(torch.int32).flatten(1).cpu().numpy(),
+                index.flatten(1).cpu().numpy(),
+            )
+
+    def _to_rgb(self, image: NDArray[np.uint8]) -> Tensor:
+        """(H, W, 3) uint8 on the device."""
+        pixels = _to_tensor(image).to(self._networks.device)
+        return pixels[:, :, None].expand(-1, -1, 3) if pixels.ndim == 2 else pixels
+
+
+def squared_error(encoded: Encoded, image: NDArray[np.uint8]) -> float:
+    """Of a measured encoding, summed over the pixels; in each the mean over its samples."""
+    assert encoded.psnr is not None
+    return float(image.shape[0] * image.shape[1] * 255**2 * 10 ** (-encoded.psnr / 10))
+
+
+def _to_tensor(image: NDArray[np.uint8]) -> Tensor:
+    """Shares the memory where torch can: it wants it contiguous and writable."""
+    return torch.from_numpy(np.require(image, requirements=["C", "W"]))

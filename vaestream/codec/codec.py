@@ -37,10 +37,10 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class Latents:
     """The integers of a bitstream, or of what a view needs of it: equal on every device. Pickles.
 
-    z_hat: (hyper, H/64, W/64) int16, the hyper-latents of the whole picture. symbols: (rows,
-    columns, channels) int16, or int32 where one needs it: the latents y in steps from their means.
-    rectangle: where they lie in the picture's grid of latents. header: the bitstream's. view: what
-    is to be shown.
+    z_hat: (hyper, H/64, W/64) int16, the hyper-latents of the whole coded picture, H and W its
+    sides (`Header.coded_size`). symbols: (rows, columns, channels) int16, or int32 where one needs
+    it: the latents y in steps from their means. rectangle: where they lie in the grid of latents.
+    header: the bitstream's. view: what is to be shown.
     """
 
     z_hat: Tensor

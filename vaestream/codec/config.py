@@ -1,6 +1,7 @@
 """Constants of the codec and the shape of its networks."""
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +19,13 @@ HYPER_STRIDE = 64
 Z_LIMIT = 255
 
 
-def quality_to_lambda(quality: Tensor) -> Tensor:
+_Quality = TypeVar("_Quality", float, Tensor)
+
+
+def quality_to_lambda(quality: _Quality) -> _Quality:
     """Trade-off lambda for qualities in [0, 100], log-linear."""
-    return LAMBDA_MIN * (LAMBDA_MAX / LAMBDA_MIN) ** (quality / 100)
+    weight: _Quality = LAMBDA_MIN * (LAMBDA_MAX / LAMBDA_MIN) ** (quality / 100)
+    return weight
 
 
 Cosets = tuple[tuple[int, int], ...]

@@ -127,13 +127,9 @@ class Hyperprior(nn.Module):
             if mask is not None:
                 cost, coded, decoded = cost * mask, coded * mask, decoded * mask
             if p.continues:
-                residual = torch.cat(
-                    [residual[:, : p.start], residual[:, p.start :] + decoded], dim=1
-                )
-                symbols = torch.cat([symbols[:, : p.start], symbols[:, p.start :] + coded], dim=1)
-            else:
-                residual = torch.cat([residual, decoded], dim=1)
-                symbols = torch.cat([symbols, coded], dim=1)
+                decoded, coded = residual[:, p.start :] + decoded, symbols[:, p.start :] + coded
+            residual = torch.cat([residual[:, : p.start], decoded], dim=1)
+            symbols = torch.cat([symbols[:, : p.start], coded], dim=1)
             bits = bits + cost.flatten(1).sum(1)
         return residual + mean, bits
 

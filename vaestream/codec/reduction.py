@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .bitstream import MODEL_ID_BYTES, Header, Reduction
-from .config import LAMBDA_MAX, LAMBDA_MIN
+from .config import LAMBDA_MAX, LAMBDA_MIN, quality_to_lambda
 
 _RUNGS = ((1.5, 192), (2.0, 384), (3.0, 384), (4.0, 768))
 """How many times smaller each side may become, and pixels a side of the blocks on which that is
@@ -90,7 +90,7 @@ def best_ratio(
     pictures below a megapixel, which have too few. measure: bits and error of a source coded at
     that quality; squared error, summed over the pixels, in each the mean of its samples.
     """
-    weight: float = LAMBDA_MIN * (LAMBDA_MAX / LAMBDA_MIN) ** (quality / 100)
+    weight = quality_to_lambda(quality)
 
     def cost(block: NDArray[np.uint8], ratio: float) -> float:
         bits, error = measure(Source.of(block, ratio))

@@ -108,6 +108,7 @@ def codec() -> "Codec":
         steps=(3, 2, 1),
         mean_context_width=8,
         scale_context_width=8,
+        mean_context_hidden=8,
     )
     return Codec(export_weights(Hyperprior(config)), torch.device("cpu"), torch.float32)
 

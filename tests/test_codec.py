@@ -254,7 +254,7 @@ def test_the_callers_torch_settings_are_left_alone(codec: Codec) -> None:
     assert state == (torch.get_num_threads(), torch.get_float32_matmul_precision())
 
 
-@pytest.mark.parametrize("model", ["hyperprior", "context", "steps"])
+@pytest.mark.parametrize("model", ["hyperprior", "context", "steps", "steered"])
 def test_golden_bitstreams_still_decode(model: str) -> None:
     """Written once with tiny models; every later release must read them the same."""
     folder = GOLDEN / model

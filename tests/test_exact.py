@@ -98,6 +98,24 @@ def test_a_part_of_the_features_gives_that_part_of_the_indices(branch: ScaleBran
     assert torch.equal(exact.indices(0, features[None, 5:13, 7:8]), whole[:, 5:13, 7:8])
 
 
+def test_a_pass_that_codes_some_places_computes_the_same_there(branch: ScaleBranch) -> None:
+    """Rows and columns may be odd in number, and too few for every grid."""
+    exact = ExactScaleBranch(branch.integer_layers(), torch.device("cpu"))
+    features = exact.features(hyper_latents())
+    for rows, columns in ((9, 14), (1, 3), (1, 1)):
+        part = features[None, :rows, :columns]
+        known = symbols(rows, columns)[None]
+        for number, p in enumerate(branch.passes):
+            context = known[..., : p.known] if p.known else None
+            whole = exact.indices(number, part, context)
+            own = exact.indices(number, part, context, p.grids())
+            mask = p.mask(rows, columns, part.device)
+            if mask is None:
+                assert torch.equal(own, whole)
+            else:
+                assert torch.equal(own[:, mask], whole[:, mask])
+
+
 def test_sums_that_float32_cannot_count_are_refused() -> None:
     branch = ScaleBranch(ModelConfig(latent=4, hyper=96, scale_width=4))
     with torch.no_grad():

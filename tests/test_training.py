@@ -14,10 +14,11 @@ from PIL import Image
 from vaestream.codec import Codec
 from vaestream.codec.codec import shipped_weights
 from vaestream.codec.config import ModelConfig
-from vaestream.codec.weights_file import import_weights
+from vaestream.codec.weights_file import export_weights, import_weights
 from vaestream.errors import SourceError, WeightsError
 from vaestream.training import calibration
 from vaestream.training.evaluate import evaluate
+from vaestream.training.growth import grown
 from vaestream.training.real_coding import RealCoding
 from vaestream.training.trainer import TrainingSettings, train
 
@@ -128,6 +129,32 @@ def test_weights_train_on(photos: Path, tmp_path: Path) -> None:
     train([photos], out=first, steps=5, config=CONFIG, settings=SETTINGS, log=lambda _: None)
     train([photos], out=second, init=first, steps=5, settings=SETTINGS, log=lambda _: None)
     assert Codec.load(second, device="cpu").networks.config == CONFIG
+
+
+def test_weights_grow_into_a_larger_network_without_loss(photos: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    train([photos], out=first, steps=5, config=CONFIG, settings=SETTINGS, log=lambda _: None)
+    small = import_weights(first.read_bytes()).model
+    steered = grown(small, replace(CONFIG, mean_context_hidden=8))
+    picture = np.asarray(Image.open(photos / "0.png"))
+    cpu = torch.device("cpu")
+    codecs = [Codec(export_weights(model), cpu, torch.float32) for model in (small, steered)]
+    decoded = [codec.decode(codec.encode([picture], 70))[0] for codec in codecs]
+    assert np.array_equal(decoded[0], decoded[1])
+    with pytest.raises(ValueError, match="does not fit"):
+        grown(small, replace(CONFIG, width8=32))
+
+    large = replace(CONFIG, groups=(8, 8, 16), steps=(3, 2, 1), synthesis_blocks8=2)
+    train(
+        [photos],
+        out=second,
+        init=first,
+        steps=5,
+        config=large,
+        settings=SETTINGS,
+        log=lambda _: None,
+    )
+    assert Codec.load(second, device="cpu").networks.config == large
 
 
 def test_real_coding_leaves_the_encoder_alone_if_asked(photos: Path, tmp_path: Path) -> None:

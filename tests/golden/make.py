@@ -24,7 +24,7 @@ from test_codec import GOLDEN, photo_like
 torch.manual_seed(1)
 folder = GOLDEN / sys.argv[1]
 folder.mkdir()
-model = Hyperprior(ModelConfig(16, 4, 8, 8, 1, 1, 1, 1, 4, 4, (2, 5, 9), 4, 4, (3, 2, 1)))
+model = Hyperprior(ModelConfig(16, 4, 8, 8, 1, 1, 1, 1, 4, 4, (2, 5, 9), 4, 4, (3, 2, 1), 6))
 with torch.no_grad():  # so that every path contributes, as in a trained model, and more strongly
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.02)
@@ -36,6 +36,9 @@ with torch.no_grad():  # so that every path contributes, as in a trained model, 
     for context in (*model.h_s_mean.context.values(), *model.h_s_scale.context.values()):
         assert isinstance(context, MeanContext | ScaleContext)
         context.out.weight.add_(torch.randn_like(context.out.weight) * 0.2)
+        if isinstance(context, MeanContext):
+            for layer in (context.gate, context.offset):
+                layer.weight.add_(torch.randn_like(layer.weight))
 weights = export_weights(model)
 (folder / "tiny.safetensors").write_bytes(weights)
 codec = Codec(weights, torch.device("cpu"), torch.float32)

@@ -64,6 +64,13 @@ class CodingPass:
         """Whether an earlier pass has coded the same channels at other positions."""
         return self.known == self.stop
 
+    def grids(self) -> tuple[tuple[tuple[int, int], int], ...]:
+        """Where the pass codes, as regular grids: row and column of the first position, and the
+        stride."""
+        if self.cosets is None:
+            return (((0, 0), 1),)
+        return tuple((coset, 2) for coset in self.cosets)
+
     def mask(self, height: int, width: int, device: torch.device) -> Tensor | None:
         """(height, width) bool, True where the pass codes; None where it codes everywhere."""
         if self.cosets is None:
@@ -83,6 +90,7 @@ class ModelConfig:
         from z alone.
     steps: how many steps each group is coded in, 1 to 3; a later step's prior sees the symbols of
         the earlier ones around it. Empty: two for the first group and one for the others.
+    mean_context_hidden: width of what steers the mean's contexts; 0: they are linear.
     """
 
     latent: int = 320
@@ -99,6 +107,7 @@ class ModelConfig:
     mean_context_width: int = 64
     scale_context_width: int = 64
     steps: tuple[int, ...] = ()
+    mean_context_hidden: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", tuple(self.groups))  # JSON has lists alone
@@ -137,5 +146,5 @@ class ModelConfig:
         return receptive_radius(self.synthesis_blocks8, self.synthesis_blocks16)
 
 
-STANDARD = ModelConfig(groups=(16, 48, 256), steps=(3, 2, 1))
+STANDARD = ModelConfig(groups=(16, 48, 64, 192), steps=(3, 2, 2, 1), mean_context_hidden=96)
 """What `vaestream train` trains from nothing."""

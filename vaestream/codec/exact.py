@@ -8,6 +8,7 @@ kernels are avoided because they may use Winograd's algorithm, which is not exac
 """
 
 import zlib
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -44,24 +45,41 @@ class ExactScaleBranch:
         """(1, hyper, h, w) integers in [-255, 255] -> (4h, 4w, scale_width) uint8."""
         hidden = z_hat
         for operand in self._up:
-            x = hidden.permute(0, 2, 3, 1).to(self._dtype)
+            x = F.pad(hidden.permute(0, 2, 3, 1).to(self._dtype), (0, 0, 1, 1, 1, 1))
             hidden = depth_to_space(_convolve(x, operand).permute(0, 3, 1, 2), 2)
         return hidden[0].permute(1, 2, 0)
 
-    def indices(self, number: int, features: Tensor, symbols: Tensor | None = None) -> Tensor:
+    def indices(
+        self,
+        number: int,
+        features: Tensor,
+        symbols: Tensor | None = None,
+        grids: Sequence[tuple[tuple[int, int], int]] = (((0, 0), 1),),
+    ) -> Tensor:
         """Table index of every symbol of a pass: (tiles, h, w, channels) uint8 in [0, 63].
 
         features: (tiles, h, w, scale_width), any parts of what `features` gives. symbols: (tiles,
         h, w, known), integers in any dtype, 0 where not known; for a pass that has a context.
+        grids: `CodingPass.grids`; elsewhere the result is 0.
         """
-        x = features.to(self._dtype)
-        operand = self._contexts[number]
-        if operand is not None:
+        around, context = None, self._contexts[number]
+        if context is not None:
             assert symbols is not None
             magnitudes = symbols.abs().clamp_max(MAGNITUDE_LIMIT).to(self._dtype)
-            hidden = _convolve(magnitudes.mul_(MAGNITUDE_UNIT), operand, beside=x)
-            x = torch.cat([x, hidden.to(self._dtype)], dim=3)
-        return _multiply(x, self._indices[number])
+            around = F.pad(magnitudes.mul_(MAGNITUDE_UNIT), (0, 0, 1, 1, 1, 1))
+        index = self._indices[number]
+        found = torch.zeros(
+            (*features.shape[:3], len(index.bias)), dtype=torch.uint8, device=features.device
+        )
+        for (row, column), stride in grids:
+            x = features[:, row::stride, column::stride].to(self._dtype)
+            if not x.numel():
+                continue
+            if context is not None and around is not None:
+                hidden = _convolve(around[:, row:, column:], context, stride, beside=x)
+                x = torch.cat([x, hidden.to(self._dtype)], dim=3)
+            found[:, row::stride, column::stride] = _multiply(x, index)
+        return found
 
     def self_test(self, expected: int) -> None:
         """Compare with the answer that integer arithmetic gave when the weights were written.
@@ -122,25 +140,29 @@ def _multiply(x: Tensor, operand: _Operand) -> Tensor:
         return operand.requantise(torch.matmul(x, operand.matrix))
 
 
-def _convolve(x: Tensor, operand: _Operand, beside: Tensor | None = None) -> Tensor:
-    """3x3 with zero padding over x (n, h, w, C), plus 1x1 over `beside`, to uint8."""
-    count, height, width, channels = x.shape
-    x = F.pad(x, (0, 0, 1, 1, 1, 1))
-    # Three neighbours side by side; the rows above and below are then slices of the same tensor.
-    x = torch.cat([x[:, :, dx : dx + width] for dx in range(3)], dim=3)
+def _convolve(
+    around: Tensor, operand: _Operand, stride: int = 1, beside: Tensor | None = None
+) -> Tensor:
+    """3x3 over (n, rows, columns, C), without padding, plus 1x1 over `beside`, to uint8."""
+    count, rows, columns, channels = around.shape
+    height, width = (rows - 3) // stride + 1, (columns - 3) // stride + 1
     outputs = operand.matrix.shape[1]
-    acc = torch.empty((count, height * width, outputs), dtype=x.dtype, device=x.device)
+    acc = torch.empty((count, height * width, outputs), dtype=around.dtype, device=around.device)
+    # Three neighbours side by side; the rows above and below are then slices of the same tensor.
+    last = stride * (width - 1) + 1
+    x = torch.cat([around[:, :, dx : dx + last : stride] for dx in range(3)], dim=3)
+    last = stride * (height - 1) + 1
     with torch.autocast(x.device.type, enabled=False):
         for number in range(count):
             for dy, matrix in enumerate(operand.matrix[: 9 * channels].chunk(3)):
-                rows = x[number, dy : dy + height].reshape(height * width, 3 * channels)
+                row = x[number, dy : dy + last : stride].reshape(height * width, 3 * channels)
                 if dy == 0:
-                    torch.mm(rows, matrix, out=acc[number])
+                    torch.mm(row, matrix, out=acc[number])
                 else:
-                    acc[number].addmm_(rows, matrix)
+                    acc[number].addmm_(row, matrix)
             if beside is not None:
-                rows = beside[number].reshape(height * width, -1)
-                acc[number].addmm_(rows, operand.matrix[9 * channels :])
+                row = beside[number].reshape(height * width, -1)
+                acc[number].addmm_(row, operand.matrix[9 * channels :])
     return operand.requantise(acc).view(count, height, width, outputs)
 
 

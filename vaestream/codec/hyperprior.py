@@ -90,37 +90,36 @@ class Hyperprior(nn.Module):
         z_bits = self.z_prior.bits(z + torch.rand_like(z) - 0.5, quality)
         z_hat = round_ste(z).clamp(-Z_LIMIT, Z_LIMIT)
         with torch.autocast(x.device.type, enabled=False):
-            mean = self.h_s_mean(z_hat, quality)
-            features = self.h_s_scale.features(z_hat)
-            y_hat, y_bits = self.relaxed_code(
-                y.float(), mean, features, relax or noise_and_rounding
-            )
+            features = self.features(z_hat, quality)
+        y_hat, y_bits = self.relaxed_code(y.float(), features, relax or noise_and_rounding)
         x_hat = self.g_s(y_hat / gain, quality, linear_only=linear_only)
         return TrainingOutput(x_hat, y_bits, z_bits.flatten(1).sum(1))
 
+    def features(self, z_hat: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
+        """What z says of y, for the mean and for the scale: `features` of the two branches."""
+        return self.h_s_mean.features(z_hat, quality), self.h_s_scale.features(z_hat)
+
     def relaxed_code(
-        self,
-        y: Tensor,
-        mean: Tensor,
-        features: Tensor,
-        relax: Relaxation,
+        self, y: Tensor, features: tuple[Tensor, Tensor], relax: Relaxation
     ) -> tuple[Tensor, Tensor]:
         """What coding y would give, differentiably: its reconstruction and its bits, (N,).
 
-        y: scaled latents, (N, latent, h, w); mean: what z says of them; features:
-        `ScaleBranch.features` of z.
+        y: scaled latents, (N, latent, h, w); features: what `features` gives, at the same places.
         """
+        of_mean, of_scale = features
+        with torch.autocast(y.device.type, enabled=False):
+            mean = self.h_s_mean.project(of_mean)
         residual = torch.empty_like(y[:, :0])
         symbols = torch.empty_like(y[:, :0])
         bits = torch.zeros(len(y), device=y.device)
         for number, p in enumerate(self.config.passes):
             prediction = mean[:, p.start : p.stop]
             if p.known:
-                correction = self.h_s_mean.correction(number, residual)
-                index = self.h_s_scale.index(number, features, symbols.detach())
+                correction = self.h_s_mean.correction(number, residual, of_mean)
+                index = self.h_s_scale.index(number, of_scale, symbols.detach())
             else:
                 correction = torch.zeros_like(prediction)
-                index = self.h_s_scale.index(number, features)
+                index = self.h_s_scale.index(number, of_scale)
             cost, coded = relax(y[:, p.start : p.stop], prediction + correction, index)
             decoded = coded + correction
             mask = p.mask(y.shape[2], y.shape[3], y.device)

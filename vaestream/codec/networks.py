@@ -108,10 +108,9 @@ class ScalePrior(_TilePrior):
         self._symbols = torch.zeros(shape, dtype=torch.float32, device=features.device)
 
     def predict(self, number: int, p: CodingPass) -> Tensor:
-        """Table index of a pass, uint8."""
-        if not p.known:
-            return self._exact.indices(number, self._features)
-        return self._exact.indices(number, self._features, self._symbols[..., : p.known])
+        """Table index of a pass, uint8; 0 at places that it does not code."""
+        symbols = self._symbols[..., : p.known] if p.known else None
+        return self._exact.indices(number, self._features, symbols, p.grids())
 
     def reveal(self, p: CodingPass, symbols: Tensor) -> None:
         """Take in the symbols of a pass, integers in any dtype; others than its own don't count."""
@@ -128,20 +127,25 @@ class MeanPrior(_TilePrior):
     def __init__(self, networks: "Networks", features: Tensor) -> None:
         """features: mean_width channels, float32."""
         super().__init__(networks, features)
-        self._contexts = networks.mean_contexts
+        self._predictors = networks.predictors
+        self._features = features
         project = networks.model.h_s_mean.project
         self._mean = F.linear(features, project.weight[:, :, 0, 0], project.bias)
         self._residual = torch.empty_like(self._mean)
 
     def predict(self, number: int, p: CodingPass) -> Tensor:
-        """Mean of a pass, float32."""
+        """Mean of a pass, float32; at places that it does not code, what z alone says."""
         mean = self._mean[..., p.start : p.stop]
         if not p.known:
             return mean
-        mix, out = self._contexts[number]
-        residual = self._residual[..., : p.known].permute(0, 3, 1, 2)
-        hidden = F.conv2d(residual, mix, padding=1).permute(0, 2, 3, 1)
-        return mean + F.linear(hidden, out)
+        mean, predictor = mean.clone(), self._predictors[number]
+        around = F.pad(self._residual[..., : p.known], (0, 0, 1, 1, 1, 1))
+        for (row, column), stride in p.grids():
+            places = mean[:, row::stride, column::stride]
+            if places.numel():
+                features = self._features[:, row::stride, column::stride]
+                places += predictor(around[:, row:, column:], features, stride)
+        return mean
 
     def reveal(self, p: CodingPass, symbols: Tensor, mean: Tensor) -> None:
         """Take in the symbols of a pass, in any dtype, and the mean it was given; symbols at other
@@ -187,7 +191,7 @@ class Networks:
         precise = self.config.latent if dtype == torch.float32 else _PRECISE
         self._linear = linear[:, :precise].contiguous()
         self._linear_rest = linear[:, precise:].to(dtype)
-        self.mean_contexts = self.model.h_s_mean.folded_contexts()
+        self.predictors = self.model.h_s_mean.predictors(dtype)
         self.exact = ExactScaleBranch(self.model.h_s_scale.integer_layers(), device)
         self.exact.self_test(weights.known_answer)
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import NUM_SCALES, SCALE_MAX, SCALE_MIN, Z_LIMIT, ModelConfig
+from .config import NUM_SCALES, SCALE_MAX, SCALE_MIN, Z_LIMIT, CodingPass, ModelConfig
 from .transforms import QualityTable, depth_to_space
 
 # Fixed-point formats of the scale branch, as numbers of fractional bits.
@@ -77,7 +77,7 @@ class MeanBranch(nn.Module):
         # By number of the pass; none where nothing is known yet.
         self.context = nn.ModuleDict(
             {
-                str(number): MeanContext(p.known, p.start, p.stop, config.mean_context_width)
+                str(number): MeanContext(p, config)
                 for number, p in enumerate(config.passes)
                 if p.known
             }
@@ -93,62 +93,161 @@ class MeanBranch(nn.Module):
         mean: Tensor = self.project(self.features(z_hat, quality))
         return mean
 
-    def correction(self, number: int, residual: Tensor) -> Tensor:
+    def correction(self, number: int, residual: Tensor, features: Tensor) -> Tensor:
         """What the known symbols add to the mean of a pass that has a context.
 
         residual: (N, known, h, w), y_hat in steps minus the mean that z alone gives; 0 where not
-        known. Returns (N, channels of the pass, h, w).
+        known. features: `features` of the same places. Returns (N, channels of the pass, h, w).
         """
-        out: Tensor = self.context[str(number)](residual)
+        out: Tensor = self.context[str(number)](residual, features)
         return out
 
-    def folded_contexts(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """`MeanContext.fold` of every pass that has a context."""
-        folded = {}
+    def predictors(self, dtype: torch.dtype = torch.float32) -> dict[int, "Predictor"]:
+        """`MeanContext.predictor` of every pass that has a context, steered in a dtype."""
+        predictors = {}
         for number, context in self.context.items():
             assert isinstance(context, MeanContext)
-            mix, out = context.fold()
-            folded[int(number)] = mix.contiguous(memory_format=torch.channels_last), out
-        return folded
+            predictors[int(number)] = context.predictor(dtype)
+        return predictors
 
     def unfold_contexts(self) -> None:
-        """Take the weights of the contexts for what `folded_contexts` gave."""
+        """Take the weights of the contexts for those of `predictors`."""
         for context in self.context.values():
             assert isinstance(context, MeanContext)
             context.unfold()
 
 
+@dataclass(frozen=True)
+class Steering:
+    """What bends a predictor to the place: its gate and an offset, from the known symbols and z.
+
+    look (hidden, known, 3, 3) with a bias, of the residuals' signed logarithms; join (hidden,
+    features); think (hidden, hidden), gate (width, hidden) and offset (channels, hidden), each with
+    a bias. A bias is (outputs,).
+    """
+
+    look: Tensor
+    look_bias: Tensor
+    join: Tensor
+    think: Tensor
+    think_bias: Tensor
+    gate: Tensor
+    gate_bias: Tensor
+    offset: Tensor
+    offset_bias: Tensor
+
+    def hidden(self, residual: Tensor, features: Tensor, stride: int) -> Tensor:
+        """(n, h, w, hidden) in the dtype of the weights, of what a `Predictor` takes."""
+        dtype = self.look.dtype
+        tame = torch.copysign(torch.log1p(residual.abs()), residual).to(dtype)
+        seen = F.conv2d(tame.permute(0, 3, 1, 2), self.look, self.look_bias, stride)
+        hidden = F.relu(seen.permute(0, 2, 3, 1) + F.linear(features.to(dtype), self.join))
+        return F.relu(F.linear(hidden, self.think, self.think_bias))
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """What known symbols add to the mean of others: linear in the residuals, as the step is in the
+    picture's contrast, if nothing steers it.
+
+    mix (width, known, 3, 3), out (channels, width), without bias.
+    """
+
+    mix: Tensor
+    out: Tensor
+    steering: Steering | None
+
+    def __call__(self, residual: Tensor, features: Tensor, stride: int = 1) -> Tensor:
+        """Residuals in steps and features (n, h, w, mean_width) -> (n, h, w, channels).
+
+        residual: (n, rows, columns, known), with the neighbours: the place (i, j) of the features
+        is in the middle of the 3x3 from (stride*i, stride*j) on.
+        """
+        gate = offset = None
+        if (s := self.steering) is not None:
+            hidden = s.hidden(residual, features, stride)
+            gate = F.linear(hidden, s.gate, s.gate_bias).float()
+            offset = F.linear(hidden, s.offset, s.offset_bias).float()
+        with torch.autocast(residual.device.type, enabled=False):
+            mixed = F.conv2d(residual.permute(0, 3, 1, 2), self.mix, None, stride)
+            mixed = mixed.permute(0, 2, 3, 1)
+            if gate is not None:
+                mixed = mixed * (1 + gate)
+            mean = F.linear(mixed, self.out)
+        return mean if offset is None else mean + offset
+
+
 class MeanContext(nn.Module):
-    """Linear, without bias: the correction then scales with the step, whatever the quality."""
+    """The weights of a `Predictor` of one pass, as they learn."""
 
     _unit_in: Tensor
     _unit_out: Tensor
 
-    def __init__(self, known: int, start: int, stop: int, width: int) -> None:
+    def __init__(self, p: CodingPass, config: ModelConfig) -> None:
         super().__init__()
+        known, channels = p.known, p.stop - p.start
+        width, hidden = config.mean_context_width, config.mean_context_hidden
         self.mix = nn.Conv2d(known, width, 3, padding=1, bias=False)
-        self.out = nn.Conv2d(width, stop - start, 1, bias=False)
+        self.out = nn.Conv2d(width, channels, 1, bias=False)
         nn.init.zeros_(self.out.weight)
+        self.steered = hidden > 0
+        if self.steered:
+            self.look = nn.Conv2d(known, hidden, 3, padding=1)
+            self.join = nn.Conv2d(config.mean_width, hidden, 1, bias=False)
+            self.think = nn.Conv2d(hidden, hidden, 1)
+            self.gate = nn.Conv2d(hidden, width, 1)
+            self.offset = nn.Conv2d(hidden, channels, 1)
+            for layer in (self.gate, self.offset):
+                nn.init.zeros_(layer.weight)
+                assert layer.bias is not None
+                nn.init.zeros_(layer.bias)
         # Residuals fall by two orders of magnitude from the first channel to the last. Learning
         # in units of that decline makes all weights alike in size; without it, training is poor.
-        unit = 64 / torch.arange(1, stop + 1)[:, None, None]
-        self.register_buffer("_unit_in", unit[:known], persistent=False)
-        self.register_buffer("_unit_out", unit[start:stop], persistent=False)
+        unit = 64 / torch.arange(1, p.stop + 1)
+        self.register_buffer("_unit_in", unit[:known, None, None], persistent=False)
+        self.register_buffer("_unit_out", unit[p.start : p.stop], persistent=False)
 
-    def forward(self, residual: Tensor) -> Tensor:
-        out: Tensor = self.out(self.mix(residual / self._unit_in)) * self._unit_out
-        return out
+    def forward(self, residual: Tensor, features: Tensor) -> Tensor:
+        """(N, known, h, w) and (N, mean_width, h, w) -> (N, channels, h, w)."""
+        around = F.pad(residual.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+        return self.predictor()(around, features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
-    def fold(self) -> tuple[Tensor, Tensor]:
-        """Weights of `mix` (width, known, 3, 3) and `out` (channels, width) with the units in."""
-        out = self.out.weight * self._unit_out[:, None]
-        return self.mix.weight / self._unit_in, out[:, :, 0, 0]
+    def predictor(self, dtype: torch.dtype = torch.float32) -> Predictor:
+        """With the units in its weights, steered in a dtype; gradients pass."""
+        mix = (self.mix.weight / self._unit_in).contiguous(memory_format=torch.channels_last)
+        out = self.out.weight[:, :, 0, 0] * self._unit_out[:, None]
+        if not self.steered:
+            return Predictor(mix, out, None)
+        unit = self._offset_unit
+        biases = [layer.bias for layer in (self.look, self.think, self.gate, self.offset)]
+        look, think, gate, offset = (bias for bias in biases if bias is not None)
+        offset_weight, offset = self.offset.weight[:, :, 0, 0] * unit[:, None], offset * unit
+        steering = Steering(
+            look=self.look.weight.to(dtype),
+            look_bias=look.to(dtype),
+            join=self.join.weight[:, :, 0, 0].to(dtype),
+            think=self.think.weight[:, :, 0, 0].to(dtype),
+            think_bias=think.to(dtype),
+            gate=self.gate.weight[:, :, 0, 0].to(dtype),
+            gate_bias=gate.to(dtype),
+            offset=offset_weight.to(dtype),
+            offset_bias=offset.to(dtype),
+        )
+        return Predictor(mix, out, steering)
+
+    @property
+    def _offset_unit(self) -> Tensor:
+        return self._unit_out.clamp_max(1)
 
     @torch.no_grad()
     def unfold(self) -> None:
-        """Take the weights that stand here for what `fold` gave."""
+        """Take the weights that stand here for those of `predictor`."""
         self.mix.weight *= self._unit_in
-        self.out.weight /= self._unit_out[:, None]
+        self.out.weight /= self._unit_out[:, None, None, None]
+        if self.steered:
+            assert self.offset.bias is not None
+            self.offset.weight /= self._offset_unit[:, None, None, None]
+            self.offset.bias /= self._offset_unit
 
 
 @dataclass(frozen=True)
@@ -327,7 +426,8 @@ def _fake_quantised_conv(
         unit = 2.0 ** (SCALE_WEIGHT_BITS + in_bits)
         bias = layer.bias[start:stop]
         bias = bias + (torch.round(bias * unit) / unit - bias).detach()
-    return F.conv2d(x, weight, bias, padding=layer.padding)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.conv2d(x, weight, bias, padding=layer.padding)
 
 
 def _quantise_activation(x: Tensor) -> Tensor:

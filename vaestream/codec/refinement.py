@@ -50,16 +50,15 @@ def refine(
         z = z_hat.clone().float()
         model = networks.model
         with torch.no_grad():
-            mean = model.h_s_mean(z, quality)
-            features = model.h_s_scale.features(z)
+            of_mean, of_scale = model.features(z, quality)
         latents = y.clone().permute(2, 0, 1)[None]
         rows, columns = latents.shape[2:]
-        mean, features = mean[:, :, :rows, :columns], features[:, :, :rows, :columns]
+        features = of_mean[:, :, :rows, :columns], of_scale[:, :, :rows, :columns]
         refined = latents.clone()
         for top in range(0, rows, _BLOCK):
             for left in range(0, columns, _BLOCK):
                 block = slice(top, top + _BLOCK), slice(left, left + _BLOCK)
-                piece = _Block(networks, costs, picture, latents, mean, features, quality, block)
+                piece = _Block(networks, costs, picture, latents, features, quality, block)
                 piece.descend(steps, refined)
         return refined[0].permute(1, 2, 0)
 
@@ -73,8 +72,7 @@ class _Block:
         costs: CodingCosts,
         picture: Tensor,
         latents: Tensor,
-        mean: Tensor,
-        features: Tensor,
+        features: tuple[Tensor, Tensor],
         quality: Tensor,
         block: tuple[slice, slice],
     ) -> None:
@@ -85,7 +83,7 @@ class _Block:
         self._weight = float(quality_to_lambda(quality))
         self._block = block
         self._y = latents[:, :, *block].clone()
-        self._mean, self._features = mean[:, :, *block], features[:, :, *block]
+        self._features = features
         # Latents around the block stay as rounding leaves them, about.
         halo = networks.config.synthesis_radius
         rows, columns = latents.shape[2:]
@@ -93,7 +91,9 @@ class _Block:
         bottom = min(rows, block[0].start + self._y.shape[2] + halo)
         right = min(columns, block[1].start + self._y.shape[3] + halo)
         outer = slice(top, bottom), slice(left, right)
-        self._around = mean[:, :, *outer] + torch.round(latents[:, :, *outer] - mean[:, :, *outer])
+        with torch.no_grad():
+            mean = self._model.h_s_mean.project(features[0][:, :, *outer])
+        self._around = mean + torch.round(latents[:, :, *outer] - mean)
         self._at = (block[0].start - top, block[1].start - left)
         crop = picture[:, :, top * STRIDE : bottom * STRIDE, left * STRIDE : right * STRIDE]
         self._picture = crop.float().sub_(128).contiguous(memory_format=torch.channels_last)
@@ -123,10 +123,7 @@ class _Block:
             return self._costs.bits(row, symbol) + rise * change, symbol + (y - y.detach())
 
         y_hat, bits = zip(
-            *(
-                self._model.relaxed_code(part, mean, features, relax)
-                for part, mean, features in self._tiles(y)
-            ),
+            *(self._model.relaxed_code(part, features, relax) for part, features in self._tiles(y)),
             strict=True,
         )
         height, width = self._y.shape[2:]
@@ -145,14 +142,12 @@ class _Block:
         cost: Tensor = torch.stack([b.sum() for b in bits]).sum() + self._weight / 3 * error
         return cost, block.detach()
 
-    def _tiles(self, y: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        height, width = y.shape[2:]
-        return [
-            (
-                y[:, :, r : r + TILE, c : c + TILE],
-                self._mean[:, :, r : r + TILE, c : c + TILE],
-                self._features[:, :, r : r + TILE, c : c + TILE],
-            )
+    def _tiles(self, y: Tensor) -> list[tuple[Tensor, tuple[Tensor, Tensor]]]:
+        height, width = self._y.shape[2:]
+        of_mean, of_scale = (f[:, :, *self._block] for f in self._features)
+        tiles = [
+            (slice(r, r + TILE), slice(c, c + TILE))
             for r in range(0, height, TILE)
             for c in range(0, width, TILE)
         ]
+        return [(y[:, :, *t], (of_mean[:, :, *t], of_scale[:, :, *t])) for t in tiles]

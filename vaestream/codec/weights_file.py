@@ -28,8 +28,8 @@ from .priors import SCALE_WEIGHT_BITS, integer_weight
 from .transforms import QUALITY_NODES
 
 _FORMAT = "vaestream-weights"
-_VERSION = "3"
-_READABLE = ("1", "2", "3")  # 1 had no contexts, 2 no choice of the steps
+_VERSION = "4"
+_READABLE = ("1", "2", "3", "4")  # 1 had no contexts, 2 no choice of the steps, 3 none steered
 _BFLOAT16_PARTS = ("g_a.", "g_s.", "h_a.")
 _TOTAL_COUNT = 1 << 22
 _PRIOR_STRENGTH = 32.0  # symbols of prior for every symbol a table holds
@@ -69,11 +69,13 @@ def export_weights(
         if _is_integer(name):
             tensors[name] = integer_weight(stored).to(torch.int8).contiguous()
     # A reader needs to know nothing of the units they were trained in.
-    for number, (mix, out) in model.h_s_mean.folded_contexts().items():
-        tensors[f"h_s_mean.context.{number}.mix.weight"] = mix.detach().contiguous()
-        tensors[f"h_s_mean.context.{number}.out.weight"] = out.detach()[
-            ..., None, None
-        ].contiguous()
+    for number, predictor in model.h_s_mean.predictors().items():
+        folded = {"mix.weight": predictor.mix, "out.weight": predictor.out[..., None, None]}
+        if (steering := predictor.steering) is not None:
+            folded["offset.weight"] = steering.offset[..., None, None]
+            folded["offset.bias"] = steering.offset_bias
+        for name, tensor in folded.items():
+            tensors[f"h_s_mean.context.{number}.{name}"] = tensor.detach().contiguous()
     y_tables = gaussian_tables()
     if symbol_counts is not None:
         y_tables = [

@@ -26,6 +26,7 @@ from vaestream.errors import WeightsError
 
 from .calibration import calibrated_weights
 from .data import PhotoSet, list_photos, load_photos
+from .growth import grown
 from .objective import rate_distortion
 from .real_coding import RealCoding
 from .soap import Soap
@@ -85,7 +86,8 @@ def train(
     The run lasts `minutes` of computing time or `steps`, exactly one of which is given. Beside
     `out` it keeps `OUT.checkpoint`, from which the same call continues after an interruption, and
     `OUT.log.jsonl`, a line every 100 steps (loss, bpp, MSE, learning rate) and one a validation.
-    `init` starts from the weights of an earlier run instead of the DCT.
+    `init` starts from the weights of an earlier run instead of the DCT, in networks that grow to
+    `config` where that is given too (`growth.grown`).
 
     Raises ValueError if not exactly one of minutes and steps is given, SourceError if nothing is
     there to train on, WeightsError if `init` or the checkpoint cannot be used.
@@ -106,6 +108,8 @@ def train(
         model = Hyperprior(config or STANDARD)
     else:
         model, tables = _load_model(Path(init))
+        if config is not None and config != model.config:
+            model = grown(model, config)
         if settings.real:
             relax = RealCoding(tables, torch_device)
     model.to(torch_device)

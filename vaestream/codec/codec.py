@@ -17,7 +17,8 @@ from vaestream.errors import BitstreamError, ModelMismatchError, WeightsError
 from .bitstream import MAX_SIDE, MODEL_ID_BYTES, Bitstream, Header, Rectangle, unpack
 from .config import HYPER_STRIDE, Z_LIMIT, CodingPass
 from .encoder import Encoded, Encoder
-from .networks import Networks, ScalePrior, SideInformation, best_dtype, cut
+from .hardware import best_dtype
+from .networks import Networks, ScalePrior, SideInformation, cut
 from .rate_control import encode_to_psnr, encode_to_rate
 from .rendering import render, wanted_latents
 from .streams import TileDecoder, decode_z, tables_of_z

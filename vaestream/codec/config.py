@@ -1,5 +1,6 @@
 """Constants of the codec and the shape of its networks."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -70,6 +71,11 @@ class CodingPass:
         if self.cosets is None:
             return (((0, 0), 1),)
         return tuple((coset, 2) for coset in self.cosets)
+
+    def places(self) -> Iterator[tuple[slice, slice, slice]]:
+        """`grids` as what picks them out of (tiles, h, w, ...)."""
+        for (row, column), stride in self.grids():
+            yield slice(None), slice(row, None, stride), slice(column, None, stride)
 
     def mask(self, height: int, width: int, device: torch.device) -> Tensor | None:
         """(height, width) bool, True where the pass codes; None where it codes everywhere."""

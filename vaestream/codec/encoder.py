@@ -116,27 +116,40 @@ class Encoder:
 
     @torch.inference_mode()
     def count_symbols(self, image: NDArray[np.uint8], quality: float) -> list[NDArray[np.int64]]:
-        """How often each table codes each symbol in a picture, for calibrating the tables.
+        """How often each table of y codes each symbol in a picture, for calibrating the tables.
 
         One array a table: counts of the symbols -r..r that the table holds, and of all others.
         """
         height, width = image.shape[:2]
         header = Header(width, height, 3, quality, self._model_id[: 2 * MODEL_ID_BYTES])
+        counts = [np.zeros(len(t.counts), np.int64) for t in self._y_tables]
         with torch.autocast(self._networks.device.type, enabled=False):
-            q = self._networks.quality(quality)
-            y = self.analyse(image, quality).mul_(self._networks.gain(q))
-            side = self._networks.side_information(self._networks.hyper_analyse(y), q)
-            counts = [np.zeros(len(t.counts), np.int64) for t in self._y_tables]
+            y, z_hat = self._latents(image, quality)
+            side = self._networks.side_information(z_hat, self._networks.quality(quality))
             for _, rectangles in batches(dict(enumerate(header.tiles()))):
                 means, scales = side.means(rectangles), side.scales(rectangles)
                 for symbols, index in self._quantise(cut(y, rectangles), means, scales):
                     flat, number = symbols.ravel(), index.ravel()
                     for i in np.unique(number):
-                        table = self._y_tables[i]
-                        category = flat[number == i] - table.low
-                        category[(category < 0) | (category > table.escape)] = table.escape
-                        counts[i] += np.bincount(category, minlength=len(counts[i]))
+                        counts[i] += self._y_tables[i].count(flat[number == i])
         return counts
+
+    @torch.inference_mode()
+    def count_hyper_symbols(
+        self, image: NDArray[np.uint8], quality: float
+    ) -> list[NDArray[np.int64]]:
+        """As `count_symbols`, for the tables of z at a quality: one array a channel."""
+        with torch.autocast(self._networks.device.type, enabled=False):
+            _, z_hat = self._latents(image, quality)
+        tables = tables_of_z(self._z_tables, quality)
+        channels = z_hat[0].flatten(1).cpu().numpy()
+        return [table.count(symbols) for table, symbols in zip(tables, channels, strict=True)]
+
+    def _latents(self, image: NDArray[np.uint8], quality: float) -> tuple[Tensor, Tensor]:
+        """y of a picture, scaled by the gain, and z_hat."""
+        gain = self._networks.gain(self._networks.quality(quality))
+        y = self.analyse(image, quality).mul_(gain)
+        return y, self._networks.hyper_analyse(y)
 
     def _quantise(
         self, y: Tensor, means: MeanPrior, scales: ScalePrior

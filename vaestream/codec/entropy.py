@@ -34,6 +34,12 @@ class Table:
         """The category that stands for every symbol the table does not hold."""
         return len(self.counts) - 1
 
+    def count(self, symbols: NDArray[np.integer]) -> NDArray[np.int64]:
+        """How often each category occurs among symbols of any value."""
+        categories = symbols.astype(np.int64) - self.low
+        categories[(categories < 0) | (categories > self.escape)] = self.escape
+        return np.bincount(categories, minlength=len(self.counts))
+
     @cached_property
     def model(self) -> constriction.stream.model.Categorical:
         # `perfect` is given always: its default differs between releases, and so would the bits.

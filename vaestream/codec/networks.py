@@ -7,7 +7,6 @@ give the same last bits for different batch sizes).
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from .bitstream import Rectangle
 from .config import HYPER_STRIDE, Z_LIMIT, CodingPass, Cosets
-from .exact import ExactScaleBranch
+from .exact import ExactScaleBranch, magnitudes
 from .transforms import CORRECTION_UNIT, STRIDE, depth_to_space, space_to_depth
 from .weights_file import Weights
 from .windows import windows
@@ -75,8 +74,9 @@ class SideInformation:
         ]
 
 
-class _TilePrior:
-    """One half of the prior of the symbols of tiles, pass by pass, as they become known.
+class ScalePrior:
+    """The table index of each symbol of tiles, in integers alone: all that entropy coding needs to
+    know.
 
     For every pass in `ModelConfig.passes`, in order: `predict`, then `reveal`. A tile knows nothing
     of its neighbours, so that each can be decoded alone; tiles of one shape are computed together
@@ -84,54 +84,46 @@ class _TilePrior:
     """
 
     def __init__(self, networks: "Networks", features: Tensor) -> None:
-        _, height, width, _ = features.shape
+        """features: scale_width channels, uint8."""
+        self._exact = networks.exact
+        self._features = features
+        passes = networks.config.passes
+        tiles, height, width, _ = features.shape
         self._masks: dict[Cosets | None, Tensor | None] = {
-            p.cosets: p.mask(height, width, features.device) for p in networks.config.passes
+            p.cosets: p.mask(height, width, features.device) for p in passes
         }
+        # The last group's symbols are context to none.
+        shape = (tiles, height, width, max(p.known for p in passes))
+        self._known = torch.zeros(shape, dtype=torch.int8, device=features.device)
 
     def mask(self, p: CodingPass) -> Tensor | None:
         """(h, w) bool, True where the pass codes; None where it codes everywhere."""
         return self._masks[p.cosets]
 
-
-class ScalePrior(_TilePrior):
-    """The table index of each symbol, in integers alone: all that entropy coding needs to know."""
-
-    def __init__(self, networks: "Networks", features: Tensor) -> None:
-        """features: scale_width channels, uint8."""
-        super().__init__(networks, features)
-        self._exact = networks.exact
-        self._features = features
-        # The last group's symbols are context to none.
-        known = max(p.known for p in networks.config.passes)
-        shape = (*features.shape[:3], known)
-        self._symbols = torch.zeros(shape, dtype=torch.float32, device=features.device)
-
     def predict(self, number: int, p: CodingPass) -> Tensor:
         """Table index of a pass, uint8; 0 at places that it does not code."""
-        symbols = self._symbols[..., : p.known] if p.known else None
-        return self._exact.indices(number, self._features, symbols, p.grids())
+        known = self._known[..., : p.known] if p.known else None
+        return self._exact.indices(number, self._features, known, p.grids())
 
     def reveal(self, p: CodingPass, symbols: Tensor) -> None:
         """Take in the symbols of a pass, integers in any dtype; others than its own don't count."""
-        if p.stop > self._symbols.shape[3]:
+        if p.stop > self._known.shape[3]:
             return
-        known = self._symbols[..., p.start : p.stop]
-        mask = self.mask(p)
-        known.copy_(symbols if mask is None else torch.where(mask[:, :, None], symbols, known))
+        known = self._known[..., p.start : p.stop]
+        for places in p.places():
+            known[places] = magnitudes(symbols[places])
 
 
-class MeanPrior(_TilePrior):
-    """The mean of each symbol, and what the symbols stand for."""
+class MeanPrior:
+    """The mean of each symbol of tiles, and what the symbols stand for; used like `ScalePrior`."""
 
     def __init__(self, networks: "Networks", features: Tensor) -> None:
         """features: mean_width channels, float32."""
-        super().__init__(networks, features)
         self._predictors = networks.predictors
         self._features = features
         project = networks.model.h_s_mean.project
         self._mean = F.linear(features, project.weight[:, :, 0, 0], project.bias)
-        self._residual = torch.empty_like(self._mean)
+        self._residual = torch.zeros_like(self._mean)
 
     def predict(self, number: int, p: CodingPass) -> Tensor:
         """Mean of a pass, float32; at places that it does not code, what z alone says."""
@@ -151,13 +143,9 @@ class MeanPrior(_TilePrior):
         """Take in the symbols of a pass, in any dtype, and the mean it was given; symbols at other
         places than its own don't count."""
         part = slice(p.start, p.stop)
-        decoded = symbols + (mean - self._mean[..., part])
-        mask = self.mask(p)
-        if mask is not None:
-            if not p.continues:
-                self._residual[..., part] = 0
-            decoded = torch.where(mask[:, :, None], decoded, self._residual[..., part])
-        self._residual[..., part] = decoded
+        for places in p.places():
+            correction = mean[places] - self._mean[*places, part]
+            torch.add(correction, symbols[places], out=self._residual[*places, part])
 
     def y_hat(self, channels: int) -> Tensor:
         """The reconstruction in steps, float32, of the first channels, once they are revealed."""
@@ -311,19 +299,6 @@ class Networks:
             )
             wanted = target[top * STRIDE : (top + rows) * STRIDE]
             wanted.copy_(part_pixels[: wanted.shape[0], : wanted.shape[1]])
-
-
-def best_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it faster than float32, else float32."""
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    elif device.type == "cpu":
-        cpuinfo = Path("/proc/cpuinfo")
-        flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-        fast = "avx512_bf16" in flags or "amx_bf16" in flags
-    else:
-        fast = False
-    return torch.bfloat16 if fast else torch.float32
 
 
 def _repeat_edges(x: Tensor, height: int, width: int) -> Tensor:

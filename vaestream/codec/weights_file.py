@@ -32,15 +32,19 @@ _VERSION = "4"
 _READABLE = ("1", "2", "3", "4")  # 1 had no contexts, 2 no choice of the steps, 3 none steered
 _BFLOAT16_PARTS = ("g_a.", "g_s.", "h_a.")
 _TOTAL_COUNT = 1 << 22
-_PRIOR_STRENGTH = 32.0  # symbols of prior for every symbol a table holds
+_PRIOR_STRENGTH = 32.0  # counts of prior for every symbol a table holds
+_HYPER_PRIOR_STRENGTH = 256.0  # counts of prior in a table of z
 _TAIL = 6.0  # a table reaches this many standard deviations; beyond it is the escape
+
+Z_QUALITIES = tuple(100.0 * node / (QUALITY_NODES - 1) for node in range(QUALITY_NODES))
+"""The qualities for which z has tables of its own."""
 
 
 @dataclass(frozen=True)
 class Weights:
     """A loaded weights file.
 
-    y_tables: one table a scale index. z_tables[node][channel]: nodes every 10 quality units.
+    y_tables: one table a scale index. z_tables[node][channel]: one node for each of `Z_QUALITIES`.
     known_answer: CRC-32 that `ExactScaleBranch.self_test` expects.
     id: SHA-256 of the file, hexadecimal.
     """
@@ -53,12 +57,16 @@ class Weights:
 
 
 def export_weights(
-    model: Hyperprior, symbol_counts: Sequence[NDArray[np.int64]] | None = None
+    model: Hyperprior,
+    symbol_counts: Sequence[NDArray[np.int64]] | None = None,
+    hyper_counts: Sequence[Sequence[NDArray[np.int64]]] | None = None,
 ) -> bytes:
     """Bytes of a weights file. The model is on the CPU.
 
     symbol_counts: what `Encoder.count_symbols` gave, summed over photos and qualities; the tables
-    then follow it instead of the Gaussian of their scale.
+    then follow it instead of the Gaussian of their scale. hyper_counts: for each quality of
+    `Z_QUALITIES` what `Encoder.count_hyper_symbols` gave, summed over photos; likewise instead of
+    the learned logistics.
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
@@ -79,11 +87,20 @@ def export_weights(
     y_tables = gaussian_tables()
     if symbol_counts is not None:
         y_tables = [
-            _empirical_table(table, counts)
+            _empirical_table(table, _symmetric(counts), _PRIOR_STRENGTH * len(counts))
             for table, counts in zip(y_tables, symbol_counts, strict=True)
         ]
+    z_tables = _z_tables(model)
+    if hyper_counts is not None:
+        z_tables = [
+            [
+                _empirical_table(table, counts, _HYPER_PRIOR_STRENGTH)
+                for table, counts in zip(tables, of_node, strict=True)
+            ]
+            for tables, of_node in zip(z_tables, hyper_counts, strict=True)
+        ]
     tensors.update(_pack_tables("tables.y", y_tables))
-    tensors.update(_pack_tables("tables.z", [t for node in _z_tables(model) for t in node]))
+    tensors.update(_pack_tables("tables.z", [t for node in z_tables for t in node]))
     metadata = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -148,21 +165,27 @@ def gaussian_tables() -> list[Table]:
     return tables
 
 
-def _empirical_table(gaussian: Table, counts: NDArray[np.int64]) -> Table:
-    """Symmetrised counts, filled up with a little of the Gaussian where they are thin."""
-    seen = (counts[:-1] + counts[-2::-1]) / 2
-    prior = gaussian.counts[:-1] / gaussian.counts.sum()
-    strength = _PRIOR_STRENGTH * len(seen)
-    mass = (seen + strength * prior) / (counts.sum() + strength)
-    return Table(gaussian.low, _counts(mass))
+def _empirical_table(
+    prior: Table, counts: NDArray[np.int64] | NDArray[np.float64], strength: float
+) -> Table:
+    """Counts of a table's categories, and as many more as `strength` says, spread like the prior:
+    they fill up what is thin."""
+    expected = prior.counts / prior.counts.sum()
+    mass = (counts + strength * expected) / (counts.sum() + strength)
+    return Table(prior.low, _counts(mass[:-1]))
+
+
+def _symmetric(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Counts of -r..r and of all others, with those of n and -n evened out."""
+    return np.append((counts[:-1] + counts[-2::-1]) / 2, counts[-1])
 
 
 def _z_tables(model: Hyperprior) -> list[list[Table]]:
     """Tables of the learned logistics at each quality node, over their central 1 - 2**-16."""
     tables = []
     with torch.no_grad():
-        for node in range(QUALITY_NODES):
-            quality = torch.tensor([100.0 * node / (QUALITY_NODES - 1)])
+        for node_quality in Z_QUALITIES:
+            quality = torch.tensor([node_quality])
             center = model.z_prior.center(quality).double().flatten().numpy()
             scale = model.z_prior.log_scale(quality).double().exp().flatten().numpy()
             row = []

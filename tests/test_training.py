@@ -20,7 +20,7 @@ from vaestream.training import calibration
 from vaestream.training.evaluate import evaluate
 from vaestream.training.growth import grown
 from vaestream.training.real_coding import RealCoding
-from vaestream.training.trainer import TrainingSettings, train
+from vaestream.training.trainer import ENCODER, TrainingSettings, train
 
 CONFIG = ModelConfig(32, 8, 16, 16, 1, 1, 1, 1, 8, 8, (8, 24), 8, 8)
 SETTINGS = TrainingSettings(batch=2, crop=64, validation_photos=1)
@@ -160,9 +160,11 @@ def test_weights_grow_into_a_larger_network_without_loss(photos: Path, tmp_path:
 def test_real_coding_leaves_the_encoder_alone_if_asked(photos: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     train([photos], out=first, steps=5, config=CONFIG, settings=SETTINGS, log=lambda _: None)
-    finish = replace(SETTINGS, real=True, encoder=False)
+    finish = replace(SETTINGS, real=True, fixed=ENCODER)
     with pytest.raises(ValueError, match="weights to start from"):
         train([photos], out=second, steps=5, config=CONFIG, settings=finish)
+    with pytest.raises(ValueError, match="no parts of the model: g_x"):
+        train([photos], out=second, steps=5, settings=replace(SETTINGS, fixed=("g_a", "g_x")))
     train([photos], out=second, init=first, steps=5, settings=finish, log=lambda _: None)
     before, after = (import_weights(path.read_bytes()).model for path in (first, second))
     changed = {

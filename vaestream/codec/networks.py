@@ -22,7 +22,7 @@ from .windows import windows
 _LATENTS_PER_Z = HYPER_STRIDE // STRIDE
 _Z_HALO = 2  # how far, in z, the features of a latent reach
 _STRIP = 64  # rows of latents
-_PRECISE = 64  # latent channels of the linear path whose values 8 bits cannot hold
+_PRECISE = 64  # latent channels of the linear paths whose values 8 bits cannot hold
 _FINISH_POSITIONS = 512
 
 
@@ -169,14 +169,17 @@ class Networks:
         self.config = self.model.config
         self.device = device
         self._window = window
-        # The linear path of g_a, the mean branch and the quality tables stay in float32, and of the
-        # linear path of g_s the channels with large values.
+        # The mean branch and the quality tables stay in float32, and of the linear paths the
+        # channels with large values.
         for part in (self.model.g_a, self.model.g_s, self.model.h_a):
             for module in part.modules():
                 if isinstance(module, torch.nn.Conv2d):
                     module.to(dtype)
-        linear = self.model.g_s.linear
+        self._dtype = dtype
         precise = self.config.latent if dtype == torch.float32 else _PRECISE
+        linear = self.model.g_a.linear
+        self._analysis, self._analysis_rest = linear[:precise], linear[precise:].to(dtype)
+        linear = self.model.g_s.linear
         self._linear = linear[:, :precise].contiguous()
         self._linear_rest = linear[:, precise:].to(dtype)
         self.predictors = self.model.h_s_mean.predictors(dtype)
@@ -210,9 +213,15 @@ class Networks:
                 (w.outer_bottom - w.outer_top) * STRIDE,
                 (w.outer_right - w.outer_left) * STRIDE,
             )
-            quarter = space_to_depth(crop.permute(2, 0, 1)[None], 4).float().sub_(128)
-            part = self.model.g_a.latents(quarter, quality)[0].permute(1, 2, 0)
-            y[w.top : w.bottom, w.left : w.right] = part[w.inner(1)]
+            # Exact in bfloat16.
+            quarter = space_to_depth(crop.permute(2, 0, 1)[None], 4).to(self._dtype).sub_(128)
+            correction = self.model.g_a.correction(quarter, quality)[0].permute(1, 2, 0)
+            inner = y[w.top : w.bottom, w.left : w.right]
+            blocks = space_to_depth(quarter[(..., *w.inner(STRIDE // 4))], 4)[0].permute(1, 2, 0)
+            precise = len(self._analysis)
+            inner[..., :precise] = F.linear(blocks.float(), self._analysis)
+            inner[..., precise:] = F.linear(blocks, self._analysis_rest)
+            inner.add_(correction[w.inner(1)], alpha=CORRECTION_UNIT)
         return y
 
     def hyper_analyse(self, y: Tensor) -> Tensor:

@@ -140,19 +140,21 @@ class Analysis(nn.Module):
         nn.init.zeros_(self.project.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, quality: Tensor, *, linear_only: bool = False) -> Tensor:
-        return self.latents(space_to_depth(x, 4), quality, linear_only=linear_only)
-
-    def latents(self, quarter: Tensor, quality: Tensor, *, linear_only: bool = False) -> Tensor:
-        """`forward` on pixels already gathered 4x4: float32 (N, 48, H/4, W/4), minus 128."""
+        quarter = space_to_depth(x, 4)
         y = _pointwise(space_to_depth(quarter, 4), self.linear)
         if linear_only:
             return y
+        return torch.add(y, self.correction(quarter, quality), alpha=CORRECTION_UNIT)
+
+    def correction(self, quarter: Tensor, quality: Tensor) -> Tensor:
+        """The network's path, in units of CORRECTION_UNIT, of pixels gathered 4x4: (N, 48, H/4,
+        W/4), minus 128."""
         hidden = self.stem(quarter.to(self.stem.weight.dtype) * (1 / 64))
         hidden = F.relu(hidden.add_(self.condition(quality).to(hidden.dtype)), inplace=True)
         hidden = self.blocks8(hidden)
         hidden = self.blocks16(self.down(hidden))
         correction: Tensor = self.project(hidden)
-        return torch.add(y, correction, alpha=CORRECTION_UNIT)
+        return correction
 
 
 class Synthesis(nn.Module):

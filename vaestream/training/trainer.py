@@ -35,6 +35,9 @@ _VALIDATION_QUALITIES = (10.0, 30.0, 50.0, 70.0, 90.0)
 _CHECKPOINT_SECONDS = 180.0
 _LOG_STEPS = 100
 
+ENCODER = ("g_a", "h_a", "log_gain")
+"""What the decoder has no part in, for `TrainingSettings.fixed`."""
+
 
 @dataclass(frozen=True)
 class TrainingSettings:
@@ -48,7 +51,7 @@ class TrainingSettings:
         learn (skipped when the run starts from given weights).
     real: learn with `RealCoding`, by the tables of the given weights, in place of noise.
     enlarged: share of the crops that are enlarged (`PhotoSet.crops`).
-    encoder: whether what the decoder has no part in learns too: g_a, h_a and the gains.
+    fixed: parts of `Hyperprior` that do not learn, by their names there; see `ENCODER`.
     """
 
     batch: int = 4
@@ -61,7 +64,7 @@ class TrainingSettings:
     final_rate: float = 0.01
     linear: float = 0.03
     real: bool = False
-    encoder: bool = True
+    fixed: tuple[str, ...] = ()
     enlarged: float = 0.0
     validation_photos: int = 16
     max_gigabytes: float = 4.0
@@ -183,14 +186,15 @@ class _Run:
         self.step = 0
         self.seconds = 0.0
         self.rng = np.random.default_rng(settings.seed)
-        encoder = {"g_a", "h_a", "log_gain"}
+        unknown = set(settings.fixed) - {name for name, _ in model.named_children()}
+        if unknown:
+            raise ValueError(f"no parts of the model: {', '.join(sorted(unknown))}")
         entropy = {"h_a", "h_s_mean", "h_s_scale", "z_prior", "log_gain"}
         groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             part, factor = name.split(".")[0], 1.0
-            if part in encoder:
-                parameter.requires_grad_(settings.encoder)
-            if not parameter.requires_grad:
+            if part in settings.fixed:
+                parameter.requires_grad_(False)
                 continue
             if part in entropy:
                 factor = settings.entropy_rate

@@ -58,8 +58,8 @@ def main() -> None:
         ("plain rounding, Gaussian tables", gaussian_tables(), 0.0, 0),
         ("dead zone, Gaussian tables", gaussian_tables(), DEAD_ZONE, 0),
         ("plain rounding, counted tables", counted, 0.0, 0),
-        ("dead zone 0.3, counted tables", counted, 0.3, 0),
-        ("dead zone 0.6, counted tables (shipped)", counted, DEAD_ZONE, 0),
+        ("dead zone 0.5, counted tables", counted, 0.5, 0),
+        (f"dead zone {DEAD_ZONE}, counted tables (shipped)", counted, DEAD_ZONE, 0),
         ("dead zone 1.0, counted tables", counted, 1.0, 0),
     ]
     choices += [(f"shipped, effort {n}", counted, DEAD_ZONE, n) for n in args.effort]

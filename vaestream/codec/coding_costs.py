@@ -27,11 +27,14 @@ class CodingCosts:
         above, below = (rows + 1).clamp_max(NUM_SCALES - 1), (rows - 1).clamp_min(0)
         self._bits = bits.flatten()
         self._by_index = ((bits[above] - bits[below]) / 2).flatten()
-        self._offset = rounding_offset(bits[:, 1] - bits[:, 0])
+        first, second = torch.diff(bits[:, :3]).unbind(1)
+        self._offset = torch.cat(rounding_offset(first, second))
 
     def round(self, index: Tensor, value: Tensor) -> Tensor:
         """The symbols that the encoder makes of values: rounded with a dead zone."""
-        return torch.copysign(torch.floor(value.abs() + self._offset[index]), value)
+        magnitude = value.abs()
+        offset = self._offset[index + NUM_SCALES * (magnitude >= 1)]
+        return torch.copysign(torch.floor(magnitude + offset), value)
 
     def bits(self, index: Tensor, symbol: Tensor) -> Tensor:
         """Bits of symbols."""

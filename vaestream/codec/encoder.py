@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .bitstream import MODEL_ID_BYTES, Header, pack
 from .coding_costs import CodingCosts
+from .config import NUM_SCALES
 from .entropy import Table
 from .metrics import tensor_psnr
 from .networks import MeanPrior, Networks, ScalePrior, cut
@@ -54,7 +55,7 @@ class Encoder:
         self._z_tables = z_tables
         self._model_id = model_id
         offsets = rounding_offsets(y_tables, dead_zone)
-        self._rounding = torch.from_numpy(offsets).to(networks.device)
+        self._rounding = torch.from_numpy(offsets).flatten().to(networks.device)
         self._costs = CodingCosts(y_tables, networks.device)
 
     def source(self, image: NDArray[np.uint8], quality: float) -> Source:
@@ -161,7 +162,9 @@ class Encoder:
         for number, p in enumerate(self._networks.config.passes):
             mean, index = means.predict(number, p), scales.predict(number, p)
             residual = y[..., p.start : p.stop] - mean
-            magnitude = residual.abs().add_(self._rounding[index.int()]).floor_()
+            magnitude = residual.abs()
+            offset = self._rounding[index.int().add_(magnitude >= 1, alpha=NUM_SCALES)]
+            magnitude.add_(offset).floor_()
             symbols = torch.copysign(magnitude, residual, out=magnitude)
             means.reveal(p, symbols, mean)
             scales.reveal(p, symbols)

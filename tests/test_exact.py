@@ -7,7 +7,7 @@ import torch
 from vaestream.codec.config import ModelConfig
 from vaestream.codec.exact import ExactScaleBranch, magnitudes
 from vaestream.codec.hardware import multiplies_int8
-from vaestream.codec.priors import ScaleBranch
+from vaestream.codec.scale_branch import ScaleBranch
 from vaestream.errors import WeightsError
 
 

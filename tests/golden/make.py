@@ -15,7 +15,8 @@ import torch
 from vaestream.codec import Codec
 from vaestream.codec.config import ModelConfig
 from vaestream.codec.hyperprior import Hyperprior
-from vaestream.codec.priors import MeanContext, ScaleContext
+from vaestream.codec.mean_branch import MeanContext
+from vaestream.codec.scale_branch import ScaleContext
 from vaestream.codec.weights_file import export_weights
 
 sys.path.insert(0, str(Path(__file__).parent.parent))

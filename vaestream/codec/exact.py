@@ -20,7 +20,7 @@ from vaestream.errors import WeightsError
 
 from .config import Z_LIMIT
 from .hardware import multiplies_int8
-from .priors import MAGNITUDE_LIMIT, MAGNITUDE_UNIT, IntegerLayer, PassLayers, ScaleLayers
+from .scale_branch import MAGNITUDE_LIMIT, MAGNITUDE_UNIT, IntegerLayer, PassLayers, ScaleLayers
 from .transforms import depth_to_space
 
 _INT8_OFFSET = 128  # what is taken from 0..255 to fit

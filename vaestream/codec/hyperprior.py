@@ -19,15 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from .config import Z_LIMIT, ModelConfig, quality_to_lambda
-from .priors import (
-    HyperAnalysis,
-    HyperPrior,
-    MeanBranch,
-    ScaleBranch,
-    gaussian_bits,
-    round_ste,
-    scale_of_index,
-)
+from .mean_branch import MeanBranch
+from .priors import HyperAnalysis, HyperPrior, gaussian_bits, scale_of_index
+from .rounding import round_ste
+from .scale_branch import ScaleBranch
 from .transforms import QUALITY_NODES, Analysis, QualityTable, Synthesis
 
 Relaxation = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

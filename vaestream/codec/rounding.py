@@ -1,4 +1,4 @@
-"""How the encoder rounds latents to symbols."""
+"""How latents are rounded: to symbols by the encoder, and so that gradients pass."""
 
 import math
 from collections.abc import Sequence
@@ -43,3 +43,8 @@ def rounding_offset(
     below: _Numbers = (0.5 - shift * first).clip(0.0, 0.5)
     beyond: _Numbers = (0.5 - _BEYOND_ONE * shift * second).clip(0.0, 0.5)
     return below, beyond
+
+
+def round_ste(x: torch.Tensor) -> torch.Tensor:
+    """Round half up, with the gradient of the identity."""
+    return x + (torch.floor(x + 0.5) - x).detach()

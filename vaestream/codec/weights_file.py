@@ -24,7 +24,7 @@ from .config import NUM_SCALES, SCALE_MAX, SCALE_MIN, Z_LIMIT, ModelConfig
 from .entropy import Table
 from .exact import ExactScaleBranch
 from .hyperprior import Hyperprior
-from .priors import SCALE_WEIGHT_BITS, integer_weight
+from .scale_branch import SCALE_WEIGHT_BITS, integer_weight
 from .transforms import QUALITY_NODES
 
 _FORMAT = "vaestream-weights"
@@ -80,8 +80,8 @@ def export_weights(
     for number, predictor in model.h_s_mean.predictors().items():
         folded = {"mix.weight": predictor.mix, "out.weight": predictor.out[..., None, None]}
         if (steering := predictor.steering) is not None:
-            folded["offset.weight"] = steering.offset[..., None, None]
-            folded["offset.bias"] = steering.offset_bias
+            weight, bias = steering.offset
+            folded["offset.weight"], folded["offset.bias"] = weight[..., None, None], bias
         for name, tensor in folded.items():
             tensors[f"h_s_mean.context.{number}.{name}"] = tensor.detach().contiguous()
     y_tables = gaussian_tables()

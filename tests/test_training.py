@@ -14,6 +14,7 @@ from PIL import Image
 from vaestream.codec import Codec
 from vaestream.codec.codec import shipped_weights
 from vaestream.codec.config import ModelConfig
+from vaestream.codec.priors import HyperPrior
 from vaestream.codec.weights_file import export_weights, import_weights
 from vaestream.errors import SourceError, WeightsError
 from vaestream.training import calibration
@@ -129,6 +130,27 @@ def test_weights_train_on(photos: Path, tmp_path: Path) -> None:
     train([photos], out=first, steps=5, config=CONFIG, settings=SETTINGS, log=lambda _: None)
     train([photos], out=second, init=first, steps=5, settings=SETTINGS, log=lambda _: None)
     assert Codec.load(second, device="cpu").networks.config == CONFIG
+
+
+def test_hyper_latents_learn_from_what_they_cost() -> None:
+    """The gradient is the slope of the bits of what is rounded, averaged over uniform noise."""
+    prior, quality = HyperPrior(1), torch.tensor([50.0])
+    with torch.no_grad():
+        prior.center.nodes.fill_(0.3)
+        prior.log_scale.nodes.fill_(-0.5)
+    z = torch.tensor([-2.6, -0.9, 0.1, 0.45, 3.2])[None, None, None].requires_grad_(True)
+    bits = prior.rounded_bits(z, quality)
+    assert torch.allclose(bits, prior.bits(torch.round(z), quality))
+    bits.sum().backward()  # type: ignore[no-untyped-call]
+    noise = torch.linspace(-0.5, 0.5, 4001)[:, None, None, None]
+
+    def average(shift: float) -> torch.Tensor:
+        return prior.bits(torch.round(z + shift + noise), quality).mean(0)
+
+    with torch.no_grad():
+        slope = (average(0.01) - average(-0.01)) / 0.02
+    assert z.grad is not None
+    assert torch.allclose(z.grad[0], slope, atol=0.05)
 
 
 def test_weights_grow_into_a_larger_network_without_loss(photos: Path, tmp_path: Path) -> None:

@@ -77,12 +77,16 @@ class Hyperprior(nn.Module):
     ) -> TrainingOutput:
         """x (N, 3, H, W) pixels minus 128, H and W multiples of 64; quality (N,).
 
-        relax: for y; `noise_and_rounding`, as z has it, where none is given.
+        relax: what stands in for coding y, where z is coded as it will be; without one both have
+        uniform noise in the place of rounding (`noise_and_rounding`).
         """
         gain = self.gain(quality)
         y = self.g_a(x, quality, linear_only=linear_only) * gain
         z = self.h_a(y)
-        z_bits = self.z_prior.bits(z + torch.rand_like(z) - 0.5, quality)
+        if relax is None:
+            z_bits = self.z_prior.bits(z + torch.rand_like(z) - 0.5, quality)
+        else:
+            z_bits = self.z_prior.rounded_bits(z, quality)
         z_hat = round_ste(z).clamp(-Z_LIMIT, Z_LIMIT)
         with torch.autocast(x.device.type, enabled=False):
             features = self.features(z_hat, quality)

@@ -61,6 +61,15 @@ class HyperPrior(nn.Module):
         """-log2 of the mass of [z - 1/2, z + 1/2]; same shape as z."""
         return -torch.log2(self.mass(z, quality).clamp_min(1e-9))
 
+    def rounded_bits(self, z: Tensor, quality: Tensor) -> Tensor:
+        """-log2 of the mass of what z is rounded to; same shape as z.
+
+        The gradient of z is that of the average over half a step of uniform noise to either side.
+        """
+        value = z.detach()
+        rise = self.bits(torch.floor(value + 1), quality) - self.bits(torch.floor(value), quality)
+        return self.bits(torch.floor(value + 0.5), quality) + rise.detach() * (z - value)
+
     def mass(self, z: Tensor, quality: Tensor) -> Tensor:
         """Probability of [z - 1/2, z + 1/2]."""
         centered = z - self.center(quality)

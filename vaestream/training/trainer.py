@@ -19,7 +19,6 @@ from vaestream.codec.hyperprior import (
     Hyperprior,
     Relaxation,
     TrainingOutput,
-    noise_and_rounding,
 )
 from vaestream.codec.weights_file import import_weights
 from vaestream.errors import WeightsError
@@ -104,7 +103,7 @@ def train(
         ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     )
     torch.manual_seed(settings.seed)
-    relax: Relaxation = noise_and_rounding
+    relax: Relaxation | None = None
     if init is None:
         if settings.real:
             raise ValueError("real coding needs weights to start from")
@@ -170,7 +169,7 @@ class _Run:
     def __init__(
         self,
         model: Hyperprior,
-        relax: Relaxation,
+        relax: Relaxation | None,
         settings: TrainingSettings,
         minutes: float | None,
         steps: int | None,

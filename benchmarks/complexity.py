@@ -16,9 +16,10 @@ from vaestream.codec.bitstream import Header
 from vaestream.codec.networks import Networks
 
 SIDE = 1024
-# The counter knows the products that return a tensor of their own.
-IN_PLACE: dict[Any, Any] = {
+# The counter knows the float products that return a tensor of their own.
+PRODUCTS: dict[Any, Any] = {
     torch.ops.aten.mm.out: lambda a, b, *_, **__: 2 * a[0] * a[1] * b[1],
+    torch.ops.aten._int_mm: lambda a, b, *_, **__: 2 * a[0] * a[1] * b[1],
     torch.ops.aten.addmm_: lambda _, a, b, *__, **___: 2 * a[0] * a[1] * b[1],
 }
 
@@ -43,7 +44,7 @@ def main() -> None:
         }
         cost = {}
         for name, run in parts.items():
-            with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+            with FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter:
                 run()
             cost[name] = counter.get_total_flops() / 2 / SIDE**2 / 1000
             print(f"{name}: {cost[name]:.2f} kMAC per pixel")

@@ -86,6 +86,7 @@ def weights(codec: "Codec", tmp_path_factory: pytest.TempPathFactory) -> Path:
 def codec() -> "Codec":
     """A small untrained model: the DCT it starts from codes photos well enough for tests."""
     import torch
+    from models import lively
 
     from vaestream.codec import Codec
     from vaestream.codec.config import ModelConfig
@@ -110,7 +111,8 @@ def codec() -> "Codec":
         scale_context_width=8,
         mean_context_hidden=8,
     )
-    return Codec(export_weights(Hyperprior(config)), torch.device("cpu"), torch.float32)
+    model = lively(Hyperprior(config))
+    return Codec(export_weights(model), torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="session")

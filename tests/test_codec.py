@@ -14,6 +14,8 @@ from vaestream.codec import Codec, Encoded, check, read_header
 from vaestream.codec.bitstream import pack, unpack
 from vaestream.codec.config import quality_to_lambda
 from vaestream.codec.entropy import write_varint
+from vaestream.codec.exact import ExactScaleBranch
+from vaestream.codec.hardware import multiplies_int8
 from vaestream.errors import BitstreamError, ModelMismatchError, VaestreamError, WeightsError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -254,6 +256,21 @@ def test_the_callers_torch_settings_are_left_alone(codec: Codec) -> None:
     assert state == (torch.get_num_threads(), torch.get_float32_matmul_precision())
 
 
+def test_either_arithmetic_reads_what_the_other_wrote(codec: Codec) -> None:
+    """int8 and float32 pick the same tables: not one symbol is wrong."""
+    image = photo_like(300, 200)
+    wide = Codec(codec.weights, codec.device, torch.float32)
+    layers = wide.networks.model.h_s_scale.integer_layers()
+    wide.networks.exact = ExactScaleBranch(layers, wide.device, torch.float32)
+    narrow = Codec(codec.weights, codec.device, torch.float32)
+    with torch.backends.mkldnn.flags(enabled=multiplies_int8(codec.device)):
+        narrow.networks.exact = ExactScaleBranch(layers, narrow.device, torch.int8)
+        for writer, reader in ((wide, narrow), (narrow, wide)):
+            (blob,) = writer.encode([image], 75)
+            latents = [c.decode_latents(blob).symbols for c in (writer, reader)]
+            assert torch.equal(*latents)
+
+
 @pytest.mark.parametrize("model", ["hyperprior", "context", "steps", "steered"])
 def test_golden_bitstreams_still_decode(model: str) -> None:
     """Written once with tiny models; every later release must read them the same."""
@@ -263,6 +280,10 @@ def test_golden_bitstreams_still_decode(model: str) -> None:
         (decoded,) = codec.decode([file.read_bytes()])
         expected = np.load(file.with_suffix(".npy"))
         assert np.abs(decoded.astype(int) - expected).max() <= 1
+    half = Codec.load(folder / "tiny.safetensors", device="cpu", precision="bfloat16")
+    for file in folder.glob("*.vst"):
+        (decoded,) = half.decode([file.read_bytes()])
+        assert psnr(decoded, np.load(file.with_suffix(".npy"))) > 40
 
 
 def test_unusable_weights_are_named(tmp_path: Path) -> None:

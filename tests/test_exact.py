@@ -10,6 +10,10 @@ from vaestream.codec.hardware import multiplies_int8
 from vaestream.codec.scale_branch import ScaleBranch
 from vaestream.errors import WeightsError
 
+DTYPES = [torch.float32, torch.float64]
+if multiplies_int8(torch.device("cpu")):
+    DTYPES.append(torch.int8)
+
 
 @pytest.fixture(scope="module")
 def branch() -> ScaleBranch:
@@ -55,9 +59,10 @@ def hyper_latents(rows: int = 9, columns: int = 11) -> torch.Tensor:
 def test_whatever_it_computes_in_gives_the_same(branch: ScaleBranch) -> None:
     z = hyper_latents()
     reference = indices(branch, z, torch.int64)
-    for dtype in (torch.float32, torch.float64):
+    for dtype in DTYPES:
         assert np.array_equal(indices(branch, z, dtype), reference)
-    if multiplies_int8(torch.device("cpu")):
+    # Exact on any CPU, if slow, without the library whose instructions may not be.
+    with torch.backends.mkldnn.flags(enabled=False):
         assert np.array_equal(indices(branch, z, torch.int8), reference)
     assert reference.min() == 0 and reference.max() == 63  # the pattern reaches both clamps
 
@@ -104,22 +109,36 @@ def test_a_part_of_the_features_gives_that_part_of_the_indices(branch: ScaleBran
     assert torch.equal(exact.indices(0, features[None, 5:13, 7:8]), whole[:, 5:13, 7:8])
 
 
-def test_a_pass_that_codes_some_places_computes_the_same_there(branch: ScaleBranch) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_pass_that_codes_some_places_computes_the_same_there(
+    branch: ScaleBranch, dtype: torch.dtype
+) -> None:
     """Rows and columns may be odd in number, and too few for every grid."""
-    exact = ExactScaleBranch(branch.integer_layers(), torch.device("cpu"))
+    cpu = torch.device("cpu")
+    reference = ExactScaleBranch(branch.integer_layers(), cpu, torch.int64)
+    exact = ExactScaleBranch(branch.integer_layers(), cpu, dtype)
     features = exact.features(hyper_latents())
     for rows, columns in ((9, 14), (1, 3), (1, 1)):
         part = features[None, :rows, :columns]
         known = magnitudes(symbols(rows, columns))[None]
         for number, p in enumerate(branch.passes):
             context = known[..., : p.known] if p.known else None
-            whole = exact.indices(number, part, context)
+            whole = reference.indices(number, part, context)
             own = exact.indices(number, part, context, p.grids())
             mask = p.mask(rows, columns, part.device)
             if mask is None:
                 assert torch.equal(own, whole)
             else:
                 assert torch.equal(own[:, mask], whole[:, mask])
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
+def test_magnitudes_hold_for_the_smallest_integers(dtype: torch.dtype) -> None:
+    least = torch.iinfo(dtype).min
+    values = [least, least + 1, -16, -15, -3, 0, 14, 15, 16, -(least + 1)]
+    expected = [15, 15, 15, 15, 3, 0, 14, 15, 15, 15]
+    assert magnitudes(torch.tensor(values, dtype=dtype)).tolist() == expected
+    assert magnitudes(torch.tensor(values, dtype=torch.float32)).tolist() == expected
 
 
 def test_sums_that_float32_cannot_count_are_refused() -> None:

@@ -157,7 +157,7 @@ class Encoder:
     ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.uint8]]]:
         """Symbols and table indices of tiles of scaled latents, pass by pass: (tiles, symbols).
 
-        Symbols are rounded with a dead zone that is wider where leaving zero is dearer.
+        Symbols are rounded with dead zones that are wider where the next symbol is dearer.
         """
         for number, p in enumerate(self._networks.config.passes):
             mean, index = means.predict(number, p), scales.predict(number, p)

@@ -120,7 +120,8 @@ class ExactScaleBranch:
 
 def magnitudes(symbols: Tensor) -> Tensor:
     """What a context sees of symbols, integers in any dtype: int8 of the same shape."""
-    return symbols.abs().clamp_max(MAGNITUDE_LIMIT).to(torch.int8)
+    # First clamped: the smallest integer has no absolute value.
+    return symbols.clamp(-MAGNITUDE_LIMIT, MAGNITUDE_LIMIT).abs().to(torch.int8)
 
 
 class _Pass(Protocol):
@@ -196,7 +197,7 @@ class _Int8Operand:
         self._shift, self._limit = layer.shift, layer.limit
 
     def multiply(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
-        """(rows, inputs) int8 -> (rows, outputs) uint8. plus: more of the sums, int32."""
+        """(rows, inputs) int8, contiguous -> (rows, outputs) uint8. plus: int32, added to sums."""
         acc = torch._int_mm(x, self._matrix).add_(self._bias)
         if plus is not None:
             acc += plus

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import torch
 
-_INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8"}
-
 
 def best_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it faster than float32, else float32."""
@@ -22,23 +20,34 @@ def best_dtype(device: torch.device) -> torch.dtype:
 def multiplies_int8(device: torch.device) -> bool:
     """Whether products of int8 matrices are fast and exact.
 
-    Older instructions add pairs of products in 16 bits, which may saturate. So the CPU must have
-    the newer ones, and the library must be seen to use them.
+    torch gives them to oneDNN on CPUs with AVX-512 VNNI alone; elsewhere they are exact but slow.
     """
-    return device.type == "cpu" and _cpu_multiplies_int8()
+    return (
+        device.type == "cpu"
+        and "avx512_vnni" in _cpu_flags()
+        and bool(torch.backends.mkldnn.enabled)
+        and _int8_is_exact()
+    )
 
 
 @cache
-def _cpu_multiplies_int8() -> bool:
-    if _cpu_flags().isdisjoint(_INT8_FLAGS) or not torch._C._has_mkldnn:
-        return False
-    signs = torch.tensor([1, -1, 1, 1, -1, -1], dtype=torch.int64)
+def _int8_is_exact() -> bool:
+    """Whether extreme operands give what they should, few rows and many: instructions before VNNI
+    would add pairs of products in 16 bits, which may saturate."""
+    signs = torch.tensor([1, -1, 1, 1, -1, -1], dtype=torch.int64, device="cpu")
     rows = (127 * signs.repeat(64, 16)).to(torch.int8)
     rows[::2] = -128
     columns = (127 * signs.repeat_interleave(16)[:, None].expand(-1, 64)).to(torch.int8)
     columns[:, ::2] = 127
-    product = torch._int_mm(rows, columns.contiguous())
-    return torch.equal(product.long(), rows.long() @ columns.long())
+    try:
+        return all(
+            torch.equal(
+                torch._int_mm(rows[:count], columns).long(), rows[:count].long() @ columns.long()
+            )
+            for count in (1, 3, len(rows))
+        )
+    except (AttributeError, RuntimeError):  # a function of torch's that is not public
+        return False
 
 
 @cache

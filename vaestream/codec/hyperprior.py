@@ -5,7 +5,7 @@
                                                              └───▶ index  (integers)
 
 s is coded in a few passes; the mean and the index of a pass also follow the symbols of the passes
-before it (`vaestream.codec.priors`).
+before it (`mean_branch` and `scale_branch`).
 
 Sources: Ballé et al., "Variational image compression with a scale hyperprior", ICLR 2018; Minnen
 et al., "Joint autoregressive and hierarchical priors", NeurIPS 2018; Cui et al., "Asymmetric gained
@@ -77,8 +77,9 @@ class Hyperprior(nn.Module):
     ) -> TrainingOutput:
         """x (N, 3, H, W) pixels minus 128, H and W multiples of 64; quality (N,).
 
-        relax: what stands in for coding y, where z is coded as it will be; without one both have
-        uniform noise in the place of rounding (`noise_and_rounding`).
+        relax: what stands in for coding y, where z then is rounded, at the bits of its logistic;
+        without one the bits of both are of uniform noise in place of rounding
+        (`noise_and_rounding`).
         """
         gain = self.gain(quality)
         y = self.g_a(x, quality, linear_only=linear_only) * gain

@@ -14,7 +14,8 @@ from .transforms import QualityTable, depth_to_space
 
 
 class MeanBranch(nn.Module):
-    """h_s, the mean: (N, hyper, H/64, W/64) z_hat -> (N, latent, H/16, W/16), always float32.
+    """h_s, the mean: (N, hyper, H/64, W/64) z_hat -> (N, latent, H/16, W/16), in float32 but for
+    `Steering`.
 
     float32 because at high qualities the means reach hundreds of steps, beyond bfloat16.
     """
@@ -96,8 +97,8 @@ class Steering:
 
 @dataclass(frozen=True)
 class Predictor:
-    """What known symbols add to the mean of others: linear in the residuals, as the step is in the
-    picture's contrast, if nothing steers it.
+    """What known symbols add to the mean of others: linear and without bias if nothing steers it,
+    so that the correction scales with the step, whatever the quality.
 
     mix (width, known, 3, 3), out (channels, width), without bias.
     """

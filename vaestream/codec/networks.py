@@ -50,22 +50,22 @@ class SideInformation:
         self._quality = quality
 
     @cached_property
-    def _mean(self) -> Tensor:
+    def _mean_features(self) -> Tensor:
         features = self._networks.model.h_s_mean.features(self._z_hat.float(), self._quality)
-        mean: Tensor = features[0].permute(1, 2, 0)
-        return mean
+        upright: Tensor = features[0].permute(1, 2, 0)
+        return upright
 
     @cached_property
-    def _scale(self) -> Tensor:
+    def _scale_features(self) -> Tensor:
         return self._networks.exact.features(self._z_hat)
 
     def means(self, rectangles: Sequence[Rectangle]) -> "MeanPrior":
         """The means of the symbols in some tiles of one shape."""
-        return MeanPrior(self._networks, cut(self._mean, self._places(rectangles)))
+        return MeanPrior(self._networks, cut(self._mean_features, self._places(rectangles)))
 
     def scales(self, rectangles: Sequence[Rectangle]) -> "ScalePrior":
         """The table indices of the symbols in some tiles of one shape."""
-        return ScalePrior(self._networks, cut(self._scale, self._places(rectangles)))
+        return ScalePrior(self._networks, cut(self._scale_features, self._places(rectangles)))
 
     def _places(self, rectangles: Sequence[Rectangle]) -> list[Rectangle]:
         return [
@@ -169,8 +169,8 @@ class Networks:
         self.config = self.model.config
         self.device = device
         self._window = window
-        # The mean branch and the quality tables stay in float32, and of the linear paths the
-        # channels with large values.
+        # The mean branch, but for what steers it, and the quality tables stay in float32, and of
+        # the linear paths the channels with large values.
         for part in (self.model.g_a, self.model.g_s, self.model.h_a):
             for module in part.modules():
                 if isinstance(module, torch.nn.Conv2d):

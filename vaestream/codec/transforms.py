@@ -8,8 +8,9 @@ Each is the sum of two paths:
 The linear path starts as a 16x16 DCT of a decorrelated colour space, so an untrained model is
 already a classical transform codec and the network learns only what that misses (the idea of
 AuxT: Li et al., "On Disentangled Training for Nonlinear Transform in Learned Image Compression",
-ICLR 2025). It stays in float32 because its large low-frequency values need more than the 8 bits
-of bfloat16; the network's correction does not.
+ICLR 2025). It learns in float32 because its large low-frequency values need more than the 8 bits
+of bfloat16; the network's correction does not, nor do the linear path's other channels when coding
+(`vaestream.codec.networks`).
 
 Everything is local: no global pooling and no normalisation, so a photo may be cut into windows
 that overlap by `RECEPTIVE_RADIUS` latents and every window gives the same values as the whole.
@@ -147,8 +148,10 @@ class Analysis(nn.Module):
         return torch.add(y, self.correction(quarter, quality), alpha=CORRECTION_UNIT)
 
     def correction(self, quarter: Tensor, quality: Tensor) -> Tensor:
-        """The network's path, in units of CORRECTION_UNIT, of pixels gathered 4x4: (N, 48, H/4,
-        W/4), minus 128."""
+        """The network's path, (N, latent, H/16, W/16) in units of CORRECTION_UNIT.
+
+        quarter: pixels minus 128, gathered 4x4, (N, 48, H/4, W/4).
+        """
         hidden = self.stem(quarter.to(self.stem.weight.dtype) * (1 / 64))
         hidden = F.relu(hidden.add_(self.condition(quality).to(hidden.dtype)), inplace=True)
         hidden = self.blocks8(hidden)

@@ -1,7 +1,8 @@
 """The weights file: networks, probability tables and the known answer of the integer branch.
 
 One safetensors file (nothing in it can run code). Networks that compute in bfloat16 where the
-hardware has it are stored in bfloat16; the scale branch in the integers it computes with.
+hardware has it are stored in bfloat16, but for the small ones of the mean branch; the scale branch
+in the integers it computes with.
 """
 
 import hashlib
@@ -32,7 +33,7 @@ _VERSION = "4"
 _READABLE = ("1", "2", "3", "4")  # 1 had no contexts, 2 no choice of the steps, 3 none steered
 _BFLOAT16_PARTS = ("g_a.", "g_s.", "h_a.")
 _TOTAL_COUNT = 1 << 22
-_PRIOR_STRENGTH = 32.0  # counts of prior for every symbol a table holds
+_PRIOR_STRENGTH = 32.0  # counts of prior for every category of a table
 _HYPER_PRIOR_STRENGTH = 256.0  # counts of prior in a table of z
 _TAIL = 6.0  # a table reaches this many standard deviations; beyond it is the escape
 

@@ -2,29 +2,77 @@
 
 import re
 
-from vaestream.codec.config import ModelConfig
+import torch
+from torch import Tensor
+
+from vaestream.codec.config import CodingPass, ModelConfig
 from vaestream.codec.hyperprior import Hyperprior
+
+_CONTEXT = re.compile(r"(h_s_\w+\.context)\.(\d+)\.(\w+)\.(\w+)")
+_BY_KNOWN = ("mix", "look")  # layers that have an input for every known channel
+_BY_CHANNEL = ("out", "offset")  # layers that have an output for every channel of their pass
+_NEW_BLOCK = re.compile(r".*\.blocks\d+\.\d+\.expand\.\w+")
 
 
 def grown(model: Hyperprior, config: ModelConfig) -> Hyperprior:
-    """A model of another shape that begins where `model` stands, as far as both have the same.
+    """A model of another shape that gives what `model` gives, and learns from there.
 
-    Contexts go with the pass that they serve, whatever its number; new passes know no contexts,
-    new steering does nothing and new residual blocks add little at first, and all learn from
-    there.
+    `config` may have more residual blocks, groups and steps that are split further, and steered
+    contexts. A pass takes the contexts of the one that codes its symbols in `model`; what it knows
+    beyond that has no weight at first, nor do new steering and new blocks add anything.
 
-    Raises ValueError if a part that both have differs in its shape.
+    Raises ValueError if something of `model` has no place in `config`.
     """
     new = Hyperprior(config)
-    numbers = {p: number for number, p in enumerate(config.passes)}
-    moved = {str(old): str(numbers.get(p, "")) for old, p in enumerate(model.config.passes)}
+    with torch.no_grad():
+        for name, parameter in new.named_parameters():
+            if _NEW_BLOCK.fullmatch(name):
+                parameter.zero_()
     theirs, ours = new.state_dict(), model.state_dict()
     for name, tensor in ours.items():
-        target = re.sub(r"(?<=context\.)\d+", lambda match: moved[match[0]], name)
-        if target not in theirs:
+        if _CONTEXT.fullmatch(name):
             continue
-        if theirs[target].shape != tensor.shape:
-            raise ValueError(f"{target}: {tuple(tensor.shape)} does not fit {config}")
-        theirs[target] = tensor
+        if name not in theirs or theirs[name].shape != tensor.shape:
+            raise ValueError(f"{name} of shape {tuple(tensor.shape)} does not fit {config}")
+        theirs[name] = tensor
+    taken = set()
+    for name, target in theirs.items():
+        if (match := _CONTEXT.fullmatch(name)) is None:
+            continue
+        branch, number, layer, kind = match.groups()
+        p = config.passes[int(number)]
+        source = _covering(model.config.passes, p)
+        old_name = f"{branch}.{source}.{layer}.{kind}"
+        if source is not None and old_name in ours:
+            old = model.config.passes[source]
+            _inherit(target, ours[old_name], old, p, layer, kind)
+            taken.add(old_name)
+    for name in ours:
+        if _CONTEXT.fullmatch(name) and name not in taken:
+            raise ValueError(f"{name} has no place in {config}")
     new.load_state_dict(theirs)
     return new
+
+
+def _covering(passes: tuple[CodingPass, ...], p: CodingPass) -> int | None:
+    """The number of the pass that codes what `p` codes, and knows no more."""
+    for number, old in enumerate(passes):
+        channels = old.start <= p.start and p.stop <= old.stop and old.known <= p.known
+        places = old.cosets is None or (p.cosets is not None and set(p.cosets) <= set(old.cosets))
+        if channels and places:
+            return number
+    return None
+
+
+def _inherit(
+    target: Tensor, tensor: Tensor, old: CodingPass, p: CodingPass, layer: str, kind: str
+) -> None:
+    """Set a tensor of the contexts of `p` to what that of `old` says."""
+    if layer in _BY_CHANNEL:
+        tensor = tensor[p.start - old.start : p.stop - old.start]
+    if layer in _BY_KNOWN and kind == "weight":
+        target.zero_()
+        target = target[:, : old.known]
+    if target.shape != tensor.shape:
+        raise ValueError(f"contexts of {tuple(tensor.shape)} do not fit {tuple(target.shape)}")
+    target.copy_(tensor)

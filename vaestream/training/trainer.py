@@ -35,7 +35,7 @@ _CHECKPOINT_SECONDS = 180.0
 _LOG_STEPS = 100
 
 ENCODER = ("g_a", "h_a", "log_gain")
-"""What the decoder has no part in, for `TrainingSettings.fixed`."""
+"""What latents, scaled, and z follow from, for `TrainingSettings.fixed`."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,9 @@ def train(
     `init` starts from the weights of an earlier run instead of the DCT, in networks that grow to
     `config` where that is given too (`growth.grown`).
 
-    Raises ValueError if not exactly one of minutes and steps is given, SourceError if nothing is
-    there to train on, WeightsError if `init` or the checkpoint cannot be used.
+    Raises ValueError if not exactly one of minutes and steps is given, or settings or config do not
+    fit, SourceError if nothing is there to train on, WeightsError if `init` or the checkpoint
+    cannot be used.
     """
     if (minutes is None) == (steps is None):
         raise ValueError("give either minutes or steps")
@@ -207,7 +208,8 @@ class _Run:
                 for (matrices, factor), parameters in groups.items()
                 if matrices == are_matrices
             ]
-            self.optimizers.append(kind(chosen, lr=0.0))
+            if chosen:
+                self.optimizers.append(kind(chosen, lr=0.0))
         self._sums: list[Tensor] = []
 
     @property

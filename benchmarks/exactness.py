@@ -21,6 +21,7 @@ from rate_distortion import cpu_name
 
 from vaestream import Codec
 from vaestream.codec import Latents
+from vaestream.codec.exact import ExactScaleBranch
 
 QUALITIES = (10.0, 30.0, 50.0, 70.0, 90.0)
 Pictures = list[NDArray[np.uint8]]
@@ -122,6 +123,10 @@ def main() -> None:
     rows = Codec.load(args.weights, device="cpu", precision="float32")
     rows.networks.model.to(memory_format=torch.contiguous_format)
     report.line("channels-last off", rows)
+    wide = Codec.load(args.weights, device="cpu", precision="float32")
+    layers = wide.networks.model.h_s_scale.integer_layers()
+    wide.networks.exact = ExactScaleBranch(layers, wide.device, torch.float32)
+    report.line("table indices in float32, not int8", wide)
     small = Report(single, [photos[0][:96, :128]])
     with torch.backends.mkldnn.flags(enabled=False):
         small.line("mkldnn off (one small photo)", single)

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from numpy.typing import NDArray
+from PIL import Image
 
 from vaestream.codec import Codec, Encoded, check, read_header
 from vaestream.codec.bitstream import pack, unpack
@@ -80,6 +82,22 @@ def test_symbols_far_outside_the_tables_survive(codec: Codec) -> None:
     image[16:32] = 255
     encoded = codec.compress(image, quality=100)
     assert encoded.psnr == pytest.approx(psnr(image, codec.decode([encoded.data])[0]), abs=1e-6)
+
+
+@pytest.mark.parametrize("quality", [10.0, 50.0, 90.0])
+def test_effort_pays_at_every_quality(quality: float) -> None:
+    """With the shipped weights, whose contexts feed back."""
+    shipped = Codec.load(device="cpu")
+    with Image.open(REPOSITORY / "examples" / "photos" / "otters.jpg") as photo:
+        image = np.asarray(photo.convert("RGB"))[:160, :192].copy()
+    cost = []
+    for effort in (0, 8):
+        encoded = shipped.compress(image, quality=quality, effort=effort, measure=True)
+        assert encoded.psnr is not None
+        error = 255**2 * 10 ** (-encoded.psnr / 10)
+        bpp = 8 * len(encoded.data) / (160 * 192)
+        cost.append(bpp + quality_to_lambda(quality) * error)
+    assert cost[1] < cost[0]
 
 
 def test_effort_saves_bits_and_error_together_and_repeats_itself(codec: Codec) -> None:

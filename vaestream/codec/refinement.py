@@ -21,7 +21,7 @@ from .rounding import SQUARED_ERROR_OF_A_BIT
 from .transforms import STRIDE
 
 _BLOCK = 2 * TILE  # latents; memory grows with its area
-_DAMPING = 0.3  # of the first step; then falling to 0. From about 0.4 on neighbours overshoot.
+_DAMPING = 0.8  # of the first step; then falling to 0, so that neighbours don't overshoot
 _OWN_BITS = 0.5
 """Share of a symbol's bits that counts in the gradient of its own latent, not only in that of its
 prediction: the dead zone of the rounding charges for them too."""
@@ -119,8 +119,10 @@ class _Block:
         def relax(y: Tensor, prediction: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
             row, value = index.long(), (y - prediction).detach()
             symbol, (rise, _) = self._costs.round(row, value), self._costs.slope(row, value)
-            change = _OWN_BITS * (y - y.detach()) - (prediction - prediction.detach())
-            return self._costs.bits(row, symbol) + rise * change, symbol + (y - y.detach())
+            moved, predicted = y - y.detach(), prediction - prediction.detach()
+            bits = self._costs.bits(row, symbol) + rise * (_OWN_BITS * moved - predicted)
+            # A symbol follows its prediction, so that what is decoded stays with y.
+            return bits, symbol + moved - predicted
 
         y_hat, bits = zip(
             *(self._model.relaxed_code(part, features, relax) for part, features in self._tiles(y)),

@@ -31,7 +31,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_photo_and_quality_is_measured_on_real_files(
     photos: Path, codec: Codec, weights: Path
 ) -> None:
-    result = evaluate([photos], weights=weights, qualities=[10, 90], device="cpu")
+    result = evaluate(
+        [photos], weights=weights, qualities=[10, 90], device="cpu", precision="float32"
+    )
     assert len(result.measurements) == 6 and result.model_id == codec.model_id
     image = np.asarray(Image.open(photos / "large.png"))
     (blob,) = codec.encode([image], 90)

@@ -85,6 +85,16 @@ def test_symbols_far_outside_the_tables_survive(codec: Codec) -> None:
 
 
 @pytest.mark.parametrize("quality", [10.0, 50.0, 90.0])
+def test_precisions_decode_within_two_levels(quality: float) -> None:
+    with Image.open(REPOSITORY / "examples" / "photos" / "otters.jpg") as photo:
+        image = np.asarray(photo.convert("RGB"))[:256, :384].copy()
+    single, half = (Codec.load(device="cpu", precision=p) for p in ("float32", "bfloat16"))
+    blobs = single.encode([image], quality)
+    one, other = (codec.decode(blobs)[0].astype(int) for codec in (single, half))
+    assert np.abs(one - other).max() <= 2
+
+
+@pytest.mark.parametrize("quality", [10.0, 50.0, 90.0])
 def test_effort_pays_at_every_quality(quality: float) -> None:
     """With the shipped weights, whose contexts feed back."""
     shipped = Codec.load(device="cpu")

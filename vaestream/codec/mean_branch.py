@@ -52,12 +52,16 @@ class MeanBranch(nn.Module):
         out: Tensor = self.context[str(number)](residual, features)
         return out
 
-    def predictors(self, dtype: torch.dtype = torch.float32) -> dict[int, "Predictor"]:
-        """`MeanContext.predictor` of every pass that has a context, steered in a dtype."""
+    def predictors(
+        self, dtype: torch.dtype = torch.float32, precise: int = 0
+    ) -> dict[int, "Predictor"]:
+        """`MeanContext.predictor` of every pass that has a context, steered in a dtype; the passes of
+        the first `precise` channels in float32."""
         predictors = {}
         for number, context in self.context.items():
             assert isinstance(context, MeanContext)
-            predictors[int(number)] = context.predictor(dtype)
+            own = torch.float32 if context.start < precise else dtype
+            predictors[int(number)] = context.predictor(own)
         return predictors
 
     def unfold_contexts(self) -> None:
@@ -76,8 +80,8 @@ class Steering:
     """What bends a predictor to the place: its gate and an offset, from the known symbols and z.
 
     look: 3x3, of the signed logarithms of residuals; join, without biases: 1x1, of the features;
-    their sum goes through think, 1x1, to gate and offset, 1x1. May compute in bfloat16: what it
-    gives stays near one.
+    their sum goes through think, 1x1, to gate and offset, 1x1. May compute in bfloat16 where the
+    residuals of its pass are small.
     """
 
     look: Dense
@@ -136,6 +140,7 @@ class MeanContext(nn.Module):
     def __init__(self, p: CodingPass, config: ModelConfig) -> None:
         super().__init__()
         known, channels = p.known, p.stop - p.start
+        self.start = p.start
         width, hidden = config.mean_context_width, config.mean_context_hidden
         self.mix = nn.Conv2d(known, width, 3, padding=1, bias=False)
         self.out = nn.Conv2d(width, channels, 1, bias=False)

@@ -22,7 +22,7 @@ from .windows import windows
 _LATENTS_PER_Z = HYPER_STRIDE // STRIDE
 _Z_HALO = 2  # how far, in z, the features of a latent reach
 _STRIP = 64  # rows of latents
-_PRECISE = 64  # latent channels of the linear paths whose values 8 bits cannot hold
+_PRECISE = 64  # latent channels whose values 8 bits cannot hold, in linear paths and contexts
 _FINISH_POSITIONS = 512
 
 
@@ -182,7 +182,7 @@ class Networks:
         linear = self.model.g_s.linear
         self._linear = linear[:, :precise].contiguous()
         self._linear_rest = linear[:, precise:].to(dtype)
-        self.predictors = self.model.h_s_mean.predictors(dtype)
+        self.predictors = self.model.h_s_mean.predictors(dtype, precise)
         self.exact = ExactScaleBranch(self.model.h_s_scale.integer_layers(), device)
         self.exact.self_test(weights.known_answer)
 

@@ -55,8 +55,8 @@ class MeanBranch(nn.Module):
     def predictors(
         self, dtype: torch.dtype = torch.float32, precise: int = 0
     ) -> dict[int, "Predictor"]:
-        """`MeanContext.predictor` of every pass that has a context, steered in a dtype; the passes of
-        the first `precise` channels in float32."""
+        """`MeanContext.predictor` of every pass that has a context, steered in a dtype, but in
+        float32 where the pass is one of the first `precise` channels."""
         predictors = {}
         for number, context in self.context.items():
             assert isinstance(context, MeanContext)

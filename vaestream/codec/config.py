@@ -82,8 +82,8 @@ class CodingPass:
         if self.cosets is None:
             return None
         chosen = torch.zeros((height, width), dtype=torch.bool, device=device)
-        for row, column in self.cosets:
-            chosen[row::2, column::2] = True
+        for (row, column), stride in self.grids():
+            chosen[row::stride, column::stride] = True
         return chosen
 
 

@@ -198,11 +198,10 @@ class _Int8Operand:
 
     def multiply(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         """(rows, inputs) int8, contiguous -> (rows, outputs) uint8. plus: int32, added to sums."""
-        acc = torch._int_mm(x, self._matrix).add_(self._bias)
+        acc = torch._int_mm(x, self._matrix)
         if plus is not None:
             acc += plus
-        acc >>= self._shift
-        return acc.clamp_(0, self._limit).to(torch.uint8)
+        return _requantise(acc, self._bias, self._shift, self._limit)
 
 
 class _Operand:
@@ -223,7 +222,8 @@ class _Operand:
     def multiply(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs) uint8."""
         with torch.autocast(x.device.type, enabled=False):
-            return self._requantise(torch.matmul(x, self._matrix))
+            acc = torch.matmul(x, self._matrix)
+        return _requantise(acc, self._bias, self._shift, self._limit)
 
     def convolve(self, around: Tensor, stride: int = 1, beside: Tensor | None = None) -> Tensor:
         """3x3 over (n, rows, columns, C), without padding, plus 1x1 over `beside`, to uint8."""
@@ -249,14 +249,16 @@ class _Operand:
                 if beside is not None:
                     row = beside[number].reshape(height * width, -1)
                     acc[number].addmm_(row, self._matrix[9 * channels :])
-        return self._requantise(acc).view(count, height, width, outputs)
+        found = _requantise(acc, self._bias, self._shift, self._limit)
+        return found.view(count, height, width, outputs)
 
-    def _requantise(self, acc: Tensor) -> Tensor:
-        """Products with the matrix, changed in place -> uint8."""
-        acc += self._bias
-        if not acc.is_floating_point():
-            acc >>= self._shift
-        return acc.clamp_(0, self._limit).to(torch.uint8)
+
+def _requantise(acc: Tensor, bias: Tensor, shift: int, limit: int) -> Tensor:
+    """Products with a matrix, changed in place -> uint8. Floats come with the shift in them."""
+    acc += bias
+    if not acc.is_floating_point():
+        acc >>= shift
+    return acc.clamp_(0, limit).to(torch.uint8)
 
 
 def _lowered(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import CodingPass, ModelConfig
-from .transforms import QualityTable, depth_to_space
+from .transforms import QualityTable, depth_to_space, signed_log
 
 
 class MeanBranch(nn.Module):
@@ -93,7 +93,7 @@ class Steering:
     def hidden(self, residual: Tensor, features: Tensor, stride: int) -> Tensor:
         """(n, h, w, hidden) in the dtype of the weights, of what a `Predictor` takes."""
         dtype = self.join.dtype
-        tame = torch.copysign(torch.log1p(residual.abs()), residual).to(dtype)
+        tame = signed_log(residual).to(dtype)
         seen = F.conv2d(tame.permute(0, 3, 1, 2), *self.look, stride).permute(0, 2, 3, 1)
         hidden = F.relu(seen + F.linear(features.to(dtype), self.join))
         return F.relu(F.linear(hidden, *self.think))

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import NUM_SCALES, SCALE_MAX, SCALE_MIN, ModelConfig
-from .transforms import QualityTable
+from .transforms import QualityTable, signed_log
 
 
 class HyperAnalysis(nn.Module):
@@ -37,9 +37,7 @@ class HyperAnalysis(nn.Module):
 
     def pointwise(self, y: Tensor) -> Tensor:
         """What looks at one position at a time: (N, latent, h, w) -> (N, 128, h, w)."""
-        # The logarithm tames the few huge low-frequency values without losing the small ones.
-        y = torch.sign(y) * torch.log1p(y.abs())
-        return F.relu(self.reduce(y.to(self.reduce.weight.dtype)))
+        return F.relu(self.reduce(signed_log(y).to(self.reduce.weight.dtype)))
 
     def downsample(self, hidden: Tensor) -> Tensor:
         """The rest: (N, 128, h, w) -> (N, hyper, h/4, w/4)."""

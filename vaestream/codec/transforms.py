@@ -53,6 +53,11 @@ def depth_to_space(x: Tensor, block: int) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
 
+def signed_log(x: Tensor) -> Tensor:
+    """sign(x) * ln(1 + |x|): tames the few huge values without losing the small ones."""
+    return torch.copysign(torch.log1p(x.abs()), x)
+
+
 class QualityTable(nn.Module):
     """A vector for every quality in [0, 100], linear between learned nodes."""
 

@@ -1,12 +1,13 @@
 """Probability tables from what the trained encoder really codes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from vaestream.codec import Codec
+from vaestream.codec.encoder import Encoder
 from vaestream.codec.hyperprior import Hyperprior
 from vaestream.codec.weights_file import Z_QUALITIES, export_weights
 
@@ -26,29 +27,28 @@ def calibrated_weights(model: Hyperprior, photos: PhotoSet, *, seed: int = 0) ->
     channels are silent far more often than a logistic says. The model is on the CPU.
     """
     crops = _crops(photos, np.random.default_rng(seed))
-    plain = export_weights(model)
-    hyper = _hyper_counts(plain, crops)
-    first = export_weights(model, _counts(plain, crops), hyper)
-    return export_weights(model, _counts(first, crops), hyper)
+    encoder = _encoder(export_weights(model))
+    hyper = [_sum(encoder.count_hyper_symbols(crop, q) for crop in crops) for q in Z_QUALITIES]
+    first = export_weights(model, _counts(encoder, crops), hyper)
+    return export_weights(model, _counts(_encoder(first), crops), hyper)
 
 
-def _counts(weights: bytes, crops: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.int64]]:
+def _encoder(weights: bytes) -> Encoder:
+    return Codec(weights, torch.device("cpu"), torch.float32).encoder
+
+
+def _counts(encoder: Encoder, crops: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.int64]]:
     """`Encoder.count_symbols`, summed over crops and qualities."""
-    encoder = Codec(weights, torch.device("cpu"), torch.float32).encoder
     return _sum(encoder.count_symbols(crop, q) for crop in crops for q in _QUALITIES)
 
 
-def _hyper_counts(
-    weights: bytes, crops: Sequence[NDArray[np.uint8]]
-) -> list[list[NDArray[np.int64]]]:
-    """`Encoder.count_hyper_symbols`, summed over crops, for each of `Z_QUALITIES`."""
-    encoder = Codec(weights, torch.device("cpu"), torch.float32).encoder
-    return [_sum(encoder.count_hyper_symbols(crop, q) for crop in crops) for q in Z_QUALITIES]
-
-
-def _sum(counts: Iterable[list[NDArray[np.int64]]]) -> list[NDArray[np.int64]]:
-    """Lists of arrays, added up array by array."""
-    return [np.sum(arrays, axis=0) for arrays in zip(*counts, strict=True)]
+def _sum(counts: Iterator[list[NDArray[np.int64]]]) -> list[NDArray[np.int64]]:
+    """Lists of arrays, added up array by array as they come."""
+    total = next(counts)
+    for arrays in counts:
+        for sum_, array in zip(total, arrays, strict=True):
+            sum_ += array
+    return total
 
 
 def _crops(photos: PhotoSet, rng: np.random.Generator) -> Sequence[NDArray[np.uint8]]:

@@ -15,11 +15,7 @@ from torch import Tensor
 
 from vaestream.codec.config import STANDARD, ModelConfig
 from vaestream.codec.entropy import Table
-from vaestream.codec.hyperprior import (
-    Hyperprior,
-    Relaxation,
-    TrainingOutput,
-)
+from vaestream.codec.hyperprior import Hyperprior, Relaxation, TrainingOutput
 from vaestream.codec.weights_file import import_weights
 from vaestream.errors import WeightsError
 

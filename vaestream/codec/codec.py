@@ -21,7 +21,7 @@ from .hardware import best_dtype
 from .networks import Networks, ScalePrior, SideInformation, cut
 from .rate_control import encode_to_psnr, encode_to_rate
 from .rendering import render, wanted_latents
-from .streams import TileDecoder, decode_z, tables_of_z
+from .streams import SymbolCoding, TileDecoder, decode_z, tables_of_z
 from .tiles import batches, hull, overlapping, paste
 from .view import Region, View
 from .weights_file import import_weights
@@ -78,7 +78,7 @@ class Codec:
         self.device = device
         self.dtype = dtype
         self.networks = Networks(loaded, device, dtype, window=max(1, window_pixels // 16))
-        self._y_tables = loaded.y_tables
+        self._coding = SymbolCoding(loaded.y_tables, self.networks.config.lattice_from)
         self._z_tables = loaded.z_tables
         self.encoder = Encoder(self.networks, loaded.y_tables, loaded.z_tables, loaded.id)
 
@@ -321,7 +321,7 @@ class Codec:
     ) -> Tensor:
         """The symbols of the first passes of tiles of one shape: (tiles, h, w, channels) int16, or
         int32 where one needs it."""
-        decoders = [TileDecoder(data, self._y_tables) for data in streams]
+        decoders = [TileDecoder(data, self._coding) for data in streams]
         found: Tensor | None = None
         for number, p in enumerate(passes):
             index = prior.predict(number, p)

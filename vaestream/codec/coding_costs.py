@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .config import NUM_SCALES
-from .entropy import Table
+from .entropy import MAGNITUDES, Table
+from .lattice import LatticeRounding
 from .rounding import rounding_offset
-
-_MAGNITUDES = 64
-_ESCAPE_BITS = 8.0  # of the value itself: a varint, mostly of one byte
 
 
 class CodingCosts:
@@ -20,9 +19,14 @@ class CodingCosts:
     Magnitudes beyond 63 count as 63.
     """
 
-    def __init__(self, tables: Sequence[Table], device: torch.device) -> None:
-        """tables: counted, one a table index."""
-        bits = torch.stack([_bits_of(table) for table in tables]).to(device)
+    def __init__(
+        self, tables: Sequence[Table], device: torch.device, lattice_from: int = NUM_SCALES
+    ) -> None:
+        """tables: counted, one a table index. lattice_from: see `ModelConfig`."""
+        self._lattice = None
+        if lattice_from < NUM_SCALES:
+            self._lattice = LatticeRounding(tables, lattice_from)
+        bits = torch.from_numpy(np.stack([t.magnitude_bits for t in tables])).to(device)
         rows = torch.arange(NUM_SCALES, device=device)
         above, below = (rows + 1).clamp_max(NUM_SCALES - 1), (rows - 1).clamp_min(0)
         self._bits = bits.flatten()
@@ -35,6 +39,25 @@ class CodingCosts:
         magnitude = value.abs()
         offset = self._offset[index + NUM_SCALES * (magnitude >= 1)]
         return torch.copysign(torch.floor(magnitude + offset), value)
+
+    def code(self, index: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The symbols of a whole pass, on the lattice where there is one, and their bits: all
+        (tiles, channels, places)."""
+        symbols = self.round(index, value)
+        bits = self.bits(index, symbols)
+        if self._lattice is not None:
+            upright = symbols.cpu().transpose(1, 2).contiguous()
+            saved = torch.zeros_like(upright)
+            flat_index = index.to("cpu", torch.uint8).transpose(1, 2).flatten(1).numpy()
+            residual = value.cpu().transpose(1, 2).flatten(1).numpy()
+            coded = upright.flatten(1).numpy()
+            for tile in range(len(coded)):
+                self._lattice.apply(residual[tile], flat_index[tile], coded[tile])
+                checks, free = self._lattice.free_bits(flat_index[tile], coded[tile])
+                saved[tile].view(-1)[torch.from_numpy(checks)] = torch.from_numpy(free)
+            symbols = upright.transpose(1, 2).to(symbols.device)
+            bits = self.bits(index, symbols) - saved.transpose(1, 2).to(bits.device)
+        return symbols, bits
 
     def bits(self, index: Tensor, symbol: Tensor) -> Tensor:
         """Bits of symbols."""
@@ -55,15 +78,4 @@ class CodingCosts:
 
 
 def _cell(index: Tensor, value: Tensor) -> Tensor:
-    return index * _MAGNITUDES + value.abs().long().clamp_max(_MAGNITUDES - 1)
-
-
-def _bits_of(table: Table) -> Tensor:
-    """Bits of a symbol by its magnitude, (_MAGNITUDES,), the mean over its signs."""
-    counts = torch.from_numpy(table.counts).double()
-    bits = torch.log2(counts.sum()) - torch.log2(counts)
-    radius = min(-table.low, _MAGNITUDES - 1)
-    inside = bits[-table.low - radius : -table.low + radius + 1]
-    found = torch.full((_MAGNITUDES,), float(bits[-1]) + _ESCAPE_BITS)
-    found[: radius + 1] = ((inside + inside.flip(0)) / 2)[radius:].float()
-    return found
+    return index * MAGNITUDES + value.abs().long().clamp_max(MAGNITUDES - 1)

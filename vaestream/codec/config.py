@@ -97,6 +97,8 @@ class ModelConfig:
     steps: how many steps each group is coded in, 1 to 3; a later step's prior sees the symbols of
         the earlier ones around it. Empty: two for the first group and one for the others.
     mean_context_hidden: width of what steers the mean's contexts; 0: they are linear.
+    lattice_from: the first table index whose symbols are on a lattice (`vaestream.codec.lattice`);
+        `NUM_SCALES`: none are.
     """
 
     latent: int = 320
@@ -114,6 +116,7 @@ class ModelConfig:
     scale_context_width: int = 64
     steps: tuple[int, ...] = ()
     mean_context_hidden: int = 0
+    lattice_from: int = NUM_SCALES
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", tuple(self.groups))  # JSON has lists alone
@@ -126,6 +129,8 @@ class ModelConfig:
             raise ValueError(f"groups {self.groups} do not add up to {self.latent} channels")
         if len(self.steps) != len(self.groups) or not set(self.steps) <= set(_STEPS):
             raise ValueError(f"steps {self.steps} are not 1 to 3 for each of groups {self.groups}")
+        if not 0 <= self.lattice_from <= NUM_SCALES:
+            raise ValueError(f"lattice_from {self.lattice_from} is outside 0 to {NUM_SCALES}")
 
     @property
     def passes(self) -> tuple["CodingPass", ...]:
@@ -152,5 +157,7 @@ class ModelConfig:
         return receptive_radius(self.synthesis_blocks8, self.synthesis_blocks16)
 
 
-STANDARD = ModelConfig(groups=(16, 48, 64, 192), steps=(3, 2, 2, 1), mean_context_hidden=96)
+STANDARD = ModelConfig(
+    groups=(16, 48, 64, 192), steps=(3, 2, 2, 1), mean_context_hidden=96, lattice_from=10
+)
 """What `vaestream train` trains from nothing."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,13 +13,14 @@ from .bitstream import MODEL_ID_BYTES, Header, pack
 from .coding_costs import CodingCosts
 from .config import NUM_SCALES
 from .entropy import Table
+from .lattice import LATTICE_STRENGTH, LatticeRounding
 from .metrics import tensor_psnr
 from .networks import MeanPrior, Networks, ScalePrior, cut
 from .reduction import Source, best_ratio
 from .refinement import refine
 from .rendering import render
 from .rounding import DEAD_ZONE, rounding_offsets
-from .streams import TileEncoder, encode_z, tables_of_z
+from .streams import SymbolCoding, TileEncoder, encode_z, tables_of_z
 from .tiles import batches, paste
 from .view import View
 
@@ -47,16 +49,18 @@ class Encoder:
         model_id: str,
         *,
         dead_zone: float = DEAD_ZONE,
+        lattice_strength: float = LATTICE_STRENGTH,
     ) -> None:
         """y_tables: one a table index. z_tables: one a channel, for qualities from 0 to 100.
         dead_zone: see `rounding_offsets`."""
         self._networks = networks
-        self._y_tables = list(y_tables)
+        self._coding = SymbolCoding(y_tables, networks.config.lattice_from)
         self._z_tables = z_tables
         self._model_id = model_id
         offsets = rounding_offsets(y_tables, dead_zone)
         self._rounding = torch.from_numpy(offsets).flatten().to(networks.device)
-        self._costs = CodingCosts(y_tables, networks.device)
+        self._lattice = LatticeRounding(y_tables, networks.config.lattice_from, lattice_strength)
+        self._costs = CodingCosts(y_tables, networks.device, networks.config.lattice_from)
 
     def source(self, image: NDArray[np.uint8], quality: float) -> Source:
         """A picture at the size at which it had better be coded."""
@@ -99,7 +103,7 @@ class Encoder:
         streams = [b""] * header.num_tiles
         for numbers, rectangles in batches(dict(enumerate(header.tiles()))):
             means, scales = side.means(rectangles), side.scales(rectangles)
-            encoders = [TileEncoder(self._y_tables) for _ in numbers]
+            encoders = [TileEncoder(self._coding) for _ in numbers]
             for symbols, index in self._quantise(cut(y, rectangles), means, scales):
                 for i, encoder in enumerate(encoders):
                     encoder.add(symbols[i], index[i])
@@ -123,7 +127,7 @@ class Encoder:
         """
         height, width = image.shape[:2]
         header = Header(width, height, 3, quality, self._model_id[: 2 * MODEL_ID_BYTES])
-        counts = [np.zeros(len(t.counts), np.int64) for t in self._y_tables]
+        counts = [np.zeros(len(t.counts), np.int64) for t in self._coding.tables]
         with torch.autocast(self._networks.device.type, enabled=False):
             y, z_hat = self._latents(image, quality)
             side = self._networks.side_information(z_hat, self._networks.quality(quality))
@@ -132,7 +136,7 @@ class Encoder:
                 for symbols, index in self._quantise(cut(y, rectangles), means, scales):
                     flat, number = symbols.ravel(), index.ravel()
                     for i in np.unique(number):
-                        counts[i] += self._y_tables[i].count(flat[number == i])
+                        counts[i] += self._coding.tables[i].count(flat[number == i])
         return counts
 
     @torch.inference_mode()
@@ -165,21 +169,32 @@ class Encoder:
             magnitude = residual.abs()
             offset = self._rounding[index.int().add_(magnitude >= 1, alpha=NUM_SCALES)]
             magnitude.add_(offset).floor_()
-            symbols = torch.copysign(magnitude, residual, out=magnitude)
+            symbols = torch.copysign(magnitude, residual)
+            mask = scales.mask(p)
+            flat_symbols, flat_index = _coded(symbols, mask), _coded(index, mask)
+            if self._coding.lattice_from < NUM_SCALES:
+                for tile in zip(_coded(residual, mask), flat_index, flat_symbols, strict=True):
+                    self._lattice.apply(*tile)
+                on_lattice = torch.from_numpy(flat_symbols).to(symbols.device)
+                if mask is None:
+                    symbols = on_lattice.view(symbols.shape)
+                else:
+                    symbols[:, mask] = on_lattice.view(len(symbols), -1, symbols.shape[3])
             means.reveal(p, symbols, mean)
             scales.reveal(p, symbols)
-            mask = scales.mask(p)
-            if mask is not None:
-                symbols, index = symbols[:, mask], index[:, mask]
-            yield (
-                symbols.to(torch.int32).flatten(1).cpu().numpy(),
-                index.flatten(1).cpu().numpy(),
-            )
+            yield flat_symbols.astype(np.int32), flat_index
 
     def _to_rgb(self, image: NDArray[np.uint8]) -> Tensor:
         """(H, W, 3) uint8 on the device."""
         pixels = _to_tensor(image).to(self._networks.device)
         return pixels[:, :, None].expand(-1, -1, 3) if pixels.ndim == 2 else pixels
+
+
+def _coded(values: Tensor, mask: Tensor | None) -> NDArray[Any]:
+    """(tiles, h, w, channels), where a pass codes: (tiles, symbols)."""
+    chosen = values if mask is None else values[:, mask]
+    flat: NDArray[Any] = chosen.flatten(1).cpu().numpy()
+    return flat
 
 
 def squared_error(encoded: Encoded, image: NDArray[np.uint8]) -> float:

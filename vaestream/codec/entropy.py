@@ -23,13 +23,22 @@ from vaestream.errors import BitstreamError
 
 _SMALL = 8  # categories
 
+MAGNITUDES = 64
+"""How many of a symbol's magnitudes `Table.magnitude_bits` tells apart."""
+
+_ESCAPE_BITS = 8.0  # of the value itself: a varint, mostly of one byte
+
 
 @dataclass(frozen=True)
 class Table:
-    """Counts of the symbols low, low+1, ...; the last count is that of the escape."""
+    """Counts of the symbols low, low+step, ...; the last count is that of the escape.
+
+    step: 1, or 2 for symbols of one parity.
+    """
 
     low: int
     counts: NDArray[np.int32]
+    step: int = 1
 
     @property
     def escape(self) -> int:
@@ -38,9 +47,26 @@ class Table:
 
     def count(self, symbols: NDArray[np.integer]) -> NDArray[np.int64]:
         """How often each category occurs among symbols of any value."""
-        categories = symbols.astype(np.int64) - self.low
+        categories = (symbols.astype(np.int64) - self.low) // self.step
         categories[(categories < 0) | (categories > self.escape)] = self.escape
         return np.bincount(categories, minlength=len(self.counts))
+
+    @cached_property
+    def magnitude_bits(self) -> NDArray[np.float32]:
+        """Bits of a symbol by its magnitude, (64,), the mean over its signs."""
+        counts = self.counts.astype(np.float64)
+        bits = np.log2(counts.sum()) - np.log2(counts)
+        radius = min(-self.low, MAGNITUDES - 1)
+        inside = bits[-self.low - radius : -self.low + radius + 1]
+        found = np.full(MAGNITUDES, bits[-1] + _ESCAPE_BITS)
+        found[: radius + 1] = ((inside + inside[::-1]) / 2)[radius:]
+        return found.astype(np.float32)
+
+    def of_parity(self, odd: bool) -> "Table":
+        """The same, of its odd or even symbols alone."""
+        first = (self.low + odd) % 2
+        counts = np.append(self.counts[first:-1:2], self.counts[-1])
+        return Table(self.low + first, counts, 2)
 
     @cached_property
     def model(self) -> constriction.stream.model.Categorical:
@@ -59,9 +85,12 @@ class GroupEncoder:
         self._escapes: list[int] = []
 
     def add(self, symbols: NDArray[np.int32], tables: Sequence[Table], ends: Sequence[int]) -> None:
-        """Append groups: symbols[ends[i] : ends[i + 1]], int32 of any value, with tables[i]."""
+        """Append groups: symbols[ends[i] : ends[i + 1]], int32 of any value, with tables[i].
+
+        All tables have one step.
+        """
         low, escapes = _spread(tables, ends)
-        categories = symbols - low
+        categories = (symbols - low) >> _shift(tables)
         outside = categories.view(np.uint32) >= escapes.view(np.uint32)  # below 0 too
         if outside.any():
             self._escapes += symbols[outside].tolist()
@@ -111,7 +140,7 @@ class GroupDecoder:
             if end > start:
                 categories[start:end] = self._coder.decode(table.model, end - start)
         low, escape = _spread(tables, ends)
-        symbols = categories + low
+        symbols = (categories << _shift(tables)) + low
         outside = np.flatnonzero(categories == escape)
         if len(outside):
             values = self._escapes[self._used : self._used + len(outside)]
@@ -129,6 +158,11 @@ def _spread(
     sizes = np.diff(ends)
     low = np.repeat(np.array([t.low for t in tables], np.int32), sizes)
     return low, np.repeat(np.array([t.escape for t in tables], np.int32), sizes)
+
+
+def _shift(tables: Sequence[Table]) -> int:
+    """By how many bits their steps, which are equal, are more than 1."""
+    return tables[0].step >> 1
 
 
 def write_varint(value: int) -> bytes:

@@ -26,8 +26,8 @@ from .scale_branch import ScaleBranch
 from .transforms import QUALITY_NODES, Analysis, QualityTable, Synthesis
 
 Relaxation = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Stands in for coding, differentiably: given values, what is predicted of them and the table index
-of each, all of one shape, it returns the bits and the symbols that are decoded."""
+"""Stands in for coding a pass, differentiably: given values, what is predicted of them and the
+table index of each, all (N, channels, places), it returns bits and the symbols that are decoded."""
 
 
 @dataclass(frozen=True)
@@ -120,17 +120,27 @@ class Hyperprior(nn.Module):
             else:
                 correction = torch.zeros_like(prediction)
                 index = self.h_s_scale.index(number, of_scale)
-            cost, coded = relax(y[:, p.start : p.stop], prediction + correction, index)
-            decoded = coded + correction
             mask = p.mask(y.shape[2], y.shape[3], y.device)
-            if mask is not None:
-                cost, coded, decoded = cost * mask, coded * mask, decoded * mask
+            values = y[:, p.start : p.stop], prediction + correction, index
+            cost, found = relax(*(_places(v, mask) for v in values))
+            if mask is None:
+                coded = found.view(index.shape)
+                decoded = coded + correction
+            else:
+                coded = torch.zeros_like(index)
+                coded[:, :, mask] = found
+                decoded = coded + correction * mask
             if p.continues:
                 decoded, coded = residual[:, p.start :] + decoded, symbols[:, p.start :] + coded
             residual = torch.cat([residual[:, : p.start], decoded], dim=1)
             symbols = torch.cat([symbols[:, : p.start], coded], dim=1)
             bits = bits + cost.flatten(1).sum(1)
         return residual + mean, bits
+
+
+def _places(values: Tensor, mask: Tensor | None) -> Tensor:
+    """(N, channels, h, w) where a pass codes: (N, channels, places), row by row."""
+    return values.flatten(2) if mask is None else values[:, :, mask]
 
 
 def noise_and_rounding(y: Tensor, prediction: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

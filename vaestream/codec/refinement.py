@@ -118,9 +118,9 @@ class _Block:
 
         def relax(y: Tensor, prediction: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
             row, value = index.long(), (y - prediction).detach()
-            symbol, (rise, _) = self._costs.round(row, value), self._costs.slope(row, value)
+            (symbol, bits), (rise, _) = self._costs.code(row, value), self._costs.slope(row, value)
             moved, predicted = y - y.detach(), prediction - prediction.detach()
-            bits = self._costs.bits(row, symbol) + rise * (_OWN_BITS * moved - predicted)
+            bits = bits + rise * (_OWN_BITS * moved - predicted)
             # A symbol follows its prediction, so that what is decoded stays with y.
             return bits, symbol + moved - predicted
 

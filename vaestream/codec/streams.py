@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from vaestream.errors import BitstreamError
 
 from .entropy import GroupDecoder, GroupEncoder, Table
+from .lattice import CHECKS, check_parities, groups
 
 
 def encode_z(z_hat: NDArray[np.int32], tables: list[Table]) -> bytes:
@@ -32,6 +33,21 @@ def _equal_ends(groups: int, size: int) -> list[int]:
     return list(range(0, (groups + 1) * size, size))
 
 
+class SymbolCoding:
+    """What the symbols of y are coded with: the table of each index, and which are on a lattice."""
+
+    def __init__(self, tables: Sequence[Table], lattice_from: int) -> None:
+        """lattice_from: see `lattice.groups`; as many as there are tables if none are."""
+        self.tables = list(tables)
+        self.by_parity = [table.of_parity(odd) for table in tables for odd in (False, True)]
+        self.lattice_from = lattice_from
+
+    def split(self, index: NDArray[np.uint8]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """The groups of a pass, (n, 32), and where their checks stand, (6 * n,)."""
+        members = groups(index, self.lattice_from)
+        return members, members[:, CHECKS].ravel()
+
+
 class TileEncoder:
     """Encodes the symbols of a tile, pass by pass.
 
@@ -39,9 +55,9 @@ class TileEncoder:
     use: all its symbols there are zero and are not coded.
     """
 
-    def __init__(self, tables: list[Table]) -> None:
-        self._tables = tables
-        self._skip = len(tables)
+    def __init__(self, coding: SymbolCoding) -> None:
+        self._coding = coding
+        self._skip = len(coding.tables)
         self._passes: list[tuple[NDArray[np.int32], NDArray[np.uint8]]] = []
 
     def add(self, symbols: NDArray[np.int32], index: NDArray[np.uint8]) -> None:
@@ -52,39 +68,62 @@ class TileEncoder:
     def finish(self) -> bytes:
         """The tile's stream."""
         encoder = GroupEncoder()
+        coding = self._coding
         for symbols, index in self._passes:
-            order, ends = _coding_order(index, self._skip, len(self._tables))
-            encoder.add(symbols[order], self._tables, ends)
+            _, checks = coding.split(index)
+            order, ends = _coding_order(index, self._skip, len(coding.tables), without=checks)
+            encoder.add(symbols[order], coding.tables, ends)
+            if len(checks):
+                of_checks = symbols[checks]
+                key = _parity_key(index[checks], of_checks)
+                order, ends = _coding_order(key, 2 * self._skip, len(coding.by_parity))
+                encoder.add(of_checks[order], coding.by_parity, ends)
         return bytes([self._skip]) + encoder.finish()
 
 
 class TileDecoder:
     """Decodes what `TileEncoder` wrote, pass by pass."""
 
-    def __init__(self, data: bytes, tables: list[Table]) -> None:
+    def __init__(self, data: bytes, coding: SymbolCoding) -> None:
         """Raises BitstreamError if `data` cannot be a tile's stream; so does `take`."""
-        if not data or data[0] > len(tables):
+        if not data or data[0] > len(coding.tables):
             raise BitstreamError("a tile's stream has no valid first byte")
-        self._tables = tables
+        self._coding = coding
         self._skip = data[0]
         self._decoder = GroupDecoder(data[1:])
 
     def take(self, index: NDArray[np.uint8]) -> NDArray[np.int32]:
         """The symbols of the next pass, given the table index of each, both flat."""
+        coding = self._coding
         symbols = np.zeros(len(index), np.int32)
-        order, ends = _coding_order(index, self._skip, len(self._tables))
-        symbols[order] = self._decoder.take(self._tables, ends)
+        members, checks = coding.split(index)
+        order, ends = _coding_order(index, self._skip, len(coding.tables), without=checks)
+        symbols[order] = self._decoder.take(coding.tables, ends)
+        if len(checks):
+            parities = check_parities(symbols[members]).ravel()
+            key = _parity_key(index[checks], parities)
+            order, ends = _coding_order(key, 2 * self._skip, len(coding.by_parity))
+            symbols[checks[order]] = self._decoder.take(coding.by_parity, ends)
         return symbols
 
 
+def _parity_key(index: NDArray[np.uint8], symbols: NDArray[np.integer]) -> NDArray[np.uint8]:
+    """The number, in `SymbolCoding.by_parity`, of the table of each symbol."""
+    return (2 * index + (symbols & 1)).astype(np.uint8)
+
+
 def _coding_order(
-    index: NDArray[np.uint8], skip: int, tables: int
+    index: NDArray[np.uint8], skip: int, tables: int, without: NDArray[np.intp] | None = None
 ) -> tuple[NDArray[np.intp], list[int]]:
     """Positions of the coded symbols, by table and within a table as they stand.
 
-    With them, where each table's run begins, and the end of the last: tables + 1 numbers.
+    With them, where each table's run begins, and the end of the last: tables + 1 numbers. without:
+    positions that are left out.
     """
-    coded = np.flatnonzero(index >= skip)
+    chosen = index >= skip
+    if without is not None:
+        chosen[without] = False
+    coded = np.flatnonzero(chosen)
     used = index[coded]
     order = np.argsort(used, kind="stable")  # a radix sort, for bytes
     ends = np.searchsorted(used[order], np.arange(tables + 1))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vaestream.codec.coding_costs import CodingCosts
+from vaestream.codec.config import NUM_SCALES
 from vaestream.codec.entropy import Table
 
 
@@ -23,13 +24,15 @@ class RealCoding:
     ICML 2021 (the two phases).
     """
 
-    def __init__(self, tables: Sequence[Table], device: torch.device) -> None:
-        """tables: counted, one a table index."""
-        self._costs = CodingCosts(tables, device)
+    def __init__(
+        self, tables: Sequence[Table], device: torch.device, lattice_from: int = NUM_SCALES
+    ) -> None:
+        """tables: counted, one a table index. lattice_from: see `ModelConfig`."""
+        self._costs = CodingCosts(tables, device, lattice_from)
 
     def __call__(self, y: Tensor, prediction: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         costs, x = self._costs, y - prediction
         row, value = index.detach().long(), x.detach()
-        symbol, (rise, changes) = costs.round(row, value), costs.slope(row, value)
-        bits = costs.bits(row, symbol) + costs.by_index(row, symbol) * (index - index.detach())
+        (symbol, bits), (rise, changes) = costs.code(row, value), costs.slope(row, value)
+        bits = bits + costs.by_index(row, symbol) * (index - index.detach())
         return bits + rise * (x - value), symbol + changes * (y - y.detach())

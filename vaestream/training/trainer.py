@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vaestream.codec.config import STANDARD, ModelConfig
 from vaestream.codec.entropy import Table
+from vaestream.codec.hardware import best_dtype
 from vaestream.codec.hyperprior import Hyperprior, Relaxation, TrainingOutput
 from vaestream.codec.weights_file import import_weights
 from vaestream.errors import WeightsError
@@ -110,7 +111,7 @@ def train(
         if config is not None and config != model.config:
             model = grown(model, config)
         if settings.real:
-            relax = RealCoding(tables, torch_device)
+            relax = RealCoding(tables, torch_device, model.config.lattice_from)
     model.to(torch_device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     run = _Run(model, relax, settings, minutes, steps, linear_start=init is None)
@@ -229,7 +230,8 @@ class _Run:
     def forward(self, x: Tensor, quality: Tensor) -> TrainingOutput:
         """The model's output, in bfloat16 where that does, by the phase of the run."""
         linear_only = self.progress < self.linear
-        with torch.autocast(x.device.type, torch.bfloat16):
+        dtype = best_dtype(x.device)
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
             output: TrainingOutput = self.model(
                 x, quality, linear_only=linear_only, relax=self._relax
             )

@@ -110,6 +110,7 @@ def codec() -> "Codec":
         mean_context_width=8,
         scale_context_width=8,
         mean_context_hidden=8,
+        lattice_from=10,
     )
     model = lively(Hyperprior(config))
     return Codec(export_weights(model), torch.device("cpu"), torch.float32)

@@ -299,7 +299,7 @@ def test_either_arithmetic_reads_what_the_other_wrote(codec: Codec) -> None:
             assert torch.equal(*latents)
 
 
-@pytest.mark.parametrize("model", ["hyperprior", "context", "steps", "steered"])
+@pytest.mark.parametrize("model", ["hyperprior", "context", "steps", "steered", "lattice"])
 def test_golden_bitstreams_still_decode(model: str) -> None:
     """Written once with tiny models; every later release must read them the same."""
     folder = GOLDEN / model

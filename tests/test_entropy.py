@@ -10,14 +10,15 @@ from vaestream.codec.entropy import (
     read_varint,
     write_varint,
 )
-from vaestream.codec.streams import TileDecoder, TileEncoder
+from vaestream.codec.streams import SymbolCoding, TileDecoder, TileEncoder
 from vaestream.errors import BitstreamError
 
 TABLES = [Table(-r, np.full(2 * r + 2, 100 + r, np.int32)) for r in (1, 2, 5, 30)]
+PLAIN = SymbolCoding(TABLES, len(TABLES))
 
 
 def encode_tile(*passes: tuple[np.ndarray, np.ndarray]) -> bytes:
-    encoder = TileEncoder(TABLES)
+    encoder = TileEncoder(PLAIN)
     for symbols, index in passes:
         encoder.add(symbols, index)
     return encoder.finish()
@@ -31,7 +32,7 @@ def test_tiles_come_back_with_outliers(seed: int) -> None:
     symbols[rng.integers(0, 5000, 5)] = [2**31 - 1, -(2**31), 10**6, -5000, 31]
     parts = [slice(0, 700), slice(700, 5000)]
     data = encode_tile(*((symbols[part], index[part]) for part in parts))
-    decoder = TileDecoder(data, TABLES)
+    decoder = TileDecoder(data, PLAIN)
     for part in parts:
         assert np.array_equal(decoder.take(index[part]), symbols[part])
 
@@ -43,7 +44,7 @@ def test_tables_without_symbols_cost_nothing() -> None:
     symbols[:100] = np.arange(100) - 50
     data = encode_tile((symbols, index))
     assert data[0] == 3  # the narrower tables are skipped
-    assert np.array_equal(TileDecoder(data, TABLES).take(index), symbols)
+    assert np.array_equal(TileDecoder(data, PLAIN).take(index), symbols)
     assert len(encode_tile((np.zeros(10000, np.int32), index))) < 4
 
 

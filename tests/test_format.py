@@ -14,7 +14,7 @@ from vaestream.codec.config import ModelConfig
 from vaestream.codec.weights_file import export_weights, import_weights
 
 
-@pytest.mark.parametrize("name", ["steps", "steered"])
+@pytest.mark.parametrize("name", ["steps", "steered", "lattice"])
 def test_means_follow_from_the_tensors_of_the_file(name: str) -> None:
     """Step 2 of "From symbols to pixels"."""
     file = GOLDEN / name / "tiny.safetensors"

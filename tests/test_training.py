@@ -20,7 +20,7 @@ from vaestream.codec.config import ModelConfig
 from vaestream.codec.hyperprior import Hyperprior
 from vaestream.codec.priors import HyperPrior
 from vaestream.codec.rounding import rounding_offsets
-from vaestream.codec.weights_file import export_weights, import_weights
+from vaestream.codec.weights_file import Weights, export_weights, import_weights
 from vaestream.errors import SourceError, WeightsError
 from vaestream.training import calibration
 from vaestream.training.evaluate import evaluate
@@ -47,9 +47,13 @@ def few_crops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "_CROPS", 8)
 
 
+def real_coding(weights: Weights) -> RealCoding:
+    return RealCoding(weights.y_tables, torch.device("cpu"), weights.model.config.lattice_from)
+
+
 def test_real_coding_says_what_the_codec_writes() -> None:
     weights = import_weights(shipped_weights())
-    coding = RealCoding(weights.y_tables, torch.device("cpu"))
+    coding = real_coding(weights)
     codec = Codec.load(device="cpu", precision="float32")
     with Image.open(min((REPOSITORY / "examples" / "photos").glob("*.jp*g"))) as image:
         pixels = np.asarray(image.convert("RGB"))[:256, :384].copy()
@@ -66,10 +70,10 @@ def test_real_coding_says_what_the_codec_writes() -> None:
 
 
 def test_real_coding_moves_no_latent_that_stays_zero_anyway() -> None:
-    coding = RealCoding(import_weights(shipped_weights()).y_tables, torch.device("cpu"))
-    y = torch.tensor([0.0, 0.1, -0.1, 0.6, -2.3], requires_grad=True)
-    bits, decoded = coding(y, torch.zeros(5), torch.zeros(5))
-    slope, error = (torch.autograd.grad(v.sum(), y)[0] for v in (bits, decoded))
+    coding = real_coding(import_weights(shipped_weights()))
+    y = torch.tensor([[[0.0, 0.1, -0.1, 0.6, -2.3]]], requires_grad=True)
+    bits, decoded = coding(y, torch.zeros(1, 1, 5), torch.zeros(1, 1, 5))
+    slope, error = (torch.autograd.grad(v.sum(), y)[0].flatten() for v in (bits, decoded))
     assert slope[:3].tolist() == error[:3].tolist() == [0, 0, 0]
     assert slope[3] > 0 > slope[4]
     assert error[3:].tolist() == [1, 1]

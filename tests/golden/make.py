@@ -25,7 +25,7 @@ from test_codec import GOLDEN, photo_like
 torch.manual_seed(1)
 folder = GOLDEN / sys.argv[1]
 folder.mkdir()
-model = Hyperprior(ModelConfig(16, 4, 8, 8, 1, 1, 1, 1, 4, 4, (2, 5, 9), 4, 4, (3, 2, 1), 6))
+model = Hyperprior(ModelConfig(16, 4, 8, 8, 1, 1, 1, 1, 4, 4, (2, 5, 9), 4, 4, (3, 2, 1), 6, 4))
 with torch.no_grad():  # so that every path contributes, as in a trained model, and more strongly
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.02)

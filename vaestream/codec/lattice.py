@@ -1,13 +1,12 @@
 """Symbols on a lattice: thirty-two at a time, whose parities are a word of a code.
 
-Rounded one by one, latents fill their space with cubes. Cells that are rounder leave less error for
-the same bits. Here 32 symbols make a group, and only those groups exist whose odd symbols sit
-where a word of the extended Hamming code [32, 26, 4] has its ones (construction A). So six of them
-have a parity that follows from the other 26, and their parities cost no bits; the
-encoder looks for the cheapest point of the lattice. The decoder reads symbols as ever, six of them
-from tables of one parity.
+Latents that are rounded one by one fill their space with cubes. Cells that are rounder leave less
+error for the same bits. Here 32 symbols make a group, and only those groups exist whose odd members
+sit where a word of the extended Hamming code [32, 26, 4] has its ones (construction A). So six
+members have a parity that follows from the other 26 and costs no bits; the decoder reads these six
+from tables of one parity. The encoder looks for the cheapest group that exists.
 
-Symbols that hardly ever leave zero take no part: parities of theirs have no bits to save.
+Symbols that hardly ever leave zero take no part: their parities would save little.
 
 Sources: Conway and Sloane, "Voronoi regions of lattices, second moments of polytopes, and
 quantization", IEEE Trans. Information Theory 28, 1982; Clare et al., "Sign bit hiding", JCTVC-G271,
@@ -28,6 +27,9 @@ LATTICE_STRENGTH = 0.85
 GROUP = 32
 CHECKS = (15, 23, 27, 29, 30, 31)
 """The members of a group whose parity follows from that of the others."""
+
+_LARGEST = np.float32(2**23)
+"""float32 knows odd and even up to its double."""
 
 _PLACES = np.arange(GROUP, dtype=np.uint8)
 _SYNDROME = (_PLACES + GROUP).astype(np.uint8)
@@ -93,7 +95,7 @@ class LatticeRounding:
         if not len(members):
             return
         x, table = residual[members], index[members].astype(np.intp)
-        magnitude = np.abs(x)
+        magnitude = np.minimum(np.abs(x), _LARGEST)
         lower = np.floor(magnitude)
         cost = self._cost(magnitude, lower, table)
         # The cheaper neighbour has the other parity.

@@ -7,6 +7,7 @@ from vaestream.codec.entropy import (
     GroupDecoder,
     GroupEncoder,
     Table,
+    TableSet,
     read_varint,
     write_varint,
 )
@@ -54,7 +55,7 @@ def test_size_is_near_the_entropy() -> None:
     mass = counts / counts.sum()
     symbols = (rng.choice(8, 20000, p=mass) - 3).clip(-3, 3).astype(np.int32)
     encoder = GroupEncoder()
-    encoder.add(symbols, [Table(-3, counts)], [0, len(symbols)])
+    encoder.add(symbols, TableSet([Table(-3, counts)]), [0, len(symbols)])
     ideal = -np.log2(mass[symbols + 3]).sum() / 8
     assert len(encoder.finish()) < ideal * 1.001 + 16
 
@@ -69,7 +70,7 @@ def test_varints() -> None:
 
 def test_missing_escapes_are_noticed() -> None:
     encoder = GroupEncoder()
-    encoder.add(np.array([1000, 2000], np.int32), TABLES[:1], [0, 2])
+    encoder.add(np.array([1000, 2000], np.int32), TableSet(TABLES[:1]), [0, 2])
     data = bytearray(encoder.finish())
     with pytest.raises(BitstreamError):
-        GroupDecoder(b"\x00" + bytes(data[5:])).take(TABLES[:1], [0, 2])
+        GroupDecoder(b"\x00" + bytes(data[5:])).take(TableSet(TABLES[:1]), [0, 2])

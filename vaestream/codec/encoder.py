@@ -127,7 +127,7 @@ class Encoder:
         """
         height, width = image.shape[:2]
         header = Header(width, height, 3, quality, self._model_id[: 2 * MODEL_ID_BYTES])
-        counts = [np.zeros(len(t.counts), np.int64) for t in self._coding.tables]
+        counts = [np.zeros(len(t.counts), np.int64) for t in self._coding.tables.tables]
         with torch.autocast(self._networks.device.type, enabled=False):
             y, z_hat = self._latents(image, quality)
             side = self._networks.side_information(z_hat, self._networks.quality(quality))
@@ -136,7 +136,7 @@ class Encoder:
                 for symbols, index in self._quantise(cut(y, rectangles), means, scales):
                     flat, number = symbols.ravel(), index.ravel()
                     for i in np.unique(number):
-                        counts[i] += self._coding.tables[i].count(flat[number == i])
+                        counts[i] += self._coding.tables.tables[i].count(flat[number == i])
         return counts
 
     @torch.inference_mode()

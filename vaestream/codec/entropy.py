@@ -77,6 +77,42 @@ class Table:
         )
 
 
+class TableSet:
+    """Tables of one step, for symbols in as many groups."""
+
+    def __init__(self, tables: Sequence[Table]) -> None:
+        self.tables = tuple(tables)
+        self._low = np.array([t.low for t in tables], np.int32)
+        self._escape = np.array([t.escape for t in tables], np.int32)
+        self._shift = tables[0].step >> 1  # by so many bits a step is more than 1
+
+    def __len__(self) -> int:
+        return len(self.tables)
+
+    def categories(
+        self, symbols: NDArray[np.int32], ends: Sequence[int]
+    ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Of symbols in groups (see `GroupEncoder.add`), and which of them are escapes."""
+        low, escapes = self._spread(ends)
+        categories = (symbols - low) >> self._shift
+        outside = categories.view(np.uint32) >= escapes.view(np.uint32)  # below 0 too
+        categories[outside] = escapes[outside]
+        return categories, outside
+
+    def symbols(
+        self, categories: NDArray[np.int32], ends: Sequence[int]
+    ) -> tuple[NDArray[np.int32], NDArray[np.intp]]:
+        """Of categories in groups, and where escapes stand, whose symbols are yet to be put in."""
+        low, escapes = self._spread(ends)
+        return (categories << self._shift) + low, np.flatnonzero(categories == escapes)
+
+    def _spread(self, ends: Sequence[int]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Each symbol's `low` and `escape`: numpy's calls cost more than its work on small
+        groups."""
+        sizes = np.diff(ends)
+        return np.repeat(self._low, sizes), np.repeat(self._escape, sizes)
+
+
 class GroupEncoder:
     """Encodes groups of symbols into one stream."""
 
@@ -84,18 +120,11 @@ class GroupEncoder:
         self._groups: list[tuple[Table, NDArray[np.int32]]] = []
         self._escapes: list[int] = []
 
-    def add(self, symbols: NDArray[np.int32], tables: Sequence[Table], ends: Sequence[int]) -> None:
-        """Append groups: symbols[ends[i] : ends[i + 1]], int32 of any value, with tables[i].
-
-        All tables have one step.
-        """
-        low, escapes = _spread(tables, ends)
-        categories = (symbols - low) >> _shift(tables)
-        outside = categories.view(np.uint32) >= escapes.view(np.uint32)  # below 0 too
-        if outside.any():
-            self._escapes += symbols[outside].tolist()
-            categories[outside] = escapes[outside]
-        for table, start, end in zip(tables, ends[:-1], ends[1:], strict=True):
+    def add(self, symbols: NDArray[np.int32], tables: TableSet, ends: Sequence[int]) -> None:
+        """Append groups: symbols[ends[i] : ends[i + 1]], int32 of any value, with table i."""
+        categories, escapes = tables.categories(symbols, ends)
+        self._escapes += symbols[escapes].tolist()
+        for table, start, end in zip(tables.tables, ends[:-1], ends[1:], strict=True):
             if end > start:
                 self._groups.append((table, categories[start:end]))
 
@@ -133,36 +162,20 @@ class GroupDecoder:
             raise BitstreamError("an entropy-coded stream ends in a zero word")
         self._coder = constriction.stream.stack.AnsCoder(words)
 
-    def take(self, tables: Sequence[Table], ends: Sequence[int]) -> NDArray[np.int32]:
+    def take(self, tables: TableSet, ends: Sequence[int]) -> NDArray[np.int32]:
         """The next groups, laid out as `GroupEncoder.add` was given them: (ends[-1],) int32."""
         categories = np.empty(ends[-1], np.int32)
-        for table, start, end in zip(tables, ends[:-1], ends[1:], strict=True):
+        for table, start, end in zip(tables.tables, ends[:-1], ends[1:], strict=True):
             if end > start:
                 categories[start:end] = self._coder.decode(table.model, end - start)
-        low, escape = _spread(tables, ends)
-        symbols = (categories << _shift(tables)) + low
-        outside = np.flatnonzero(categories == escape)
-        if len(outside):
-            values = self._escapes[self._used : self._used + len(outside)]
-            if len(values) < len(outside):
+        symbols, escapes = tables.symbols(categories, ends)
+        if len(escapes):
+            values = self._escapes[self._used : self._used + len(escapes)]
+            if len(values) < len(escapes):
                 raise BitstreamError("an entropy-coded stream has too few escape values")
-            symbols[outside] = values
-            self._used += len(outside)
+            symbols[escapes] = values
+            self._used += len(escapes)
         return symbols
-
-
-def _spread(
-    tables: Sequence[Table], ends: Sequence[int]
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Each symbol's `low` and `escape`: numpy's calls cost more than its work on small groups."""
-    sizes = np.diff(ends)
-    low = np.repeat(np.array([t.low for t in tables], np.int32), sizes)
-    return low, np.repeat(np.array([t.escape for t in tables], np.int32), sizes)
-
-
-def _shift(tables: Sequence[Table]) -> int:
-    """By how many bits their steps, which are equal, are more than 1."""
-    return tables[0].step >> 1
 
 
 def write_varint(value: int) -> bytes:

@@ -7,20 +7,20 @@ from numpy.typing import NDArray
 
 from vaestream.errors import BitstreamError
 
-from .entropy import GroupDecoder, GroupEncoder, Table
+from .entropy import GroupDecoder, GroupEncoder, Table, TableSet
 from .lattice import CHECKS, check_parities, groups
 
 
 def encode_z(z_hat: NDArray[np.int32], tables: list[Table]) -> bytes:
     """z_hat (hyper, h, w) int32, one table a channel."""
     encoder = GroupEncoder()
-    encoder.add(z_hat.reshape(-1), tables, _equal_ends(len(tables), z_hat[0].size))
+    encoder.add(z_hat.reshape(-1), TableSet(tables), _equal_ends(len(tables), z_hat[0].size))
     return encoder.finish()
 
 
 def decode_z(data: bytes, tables: list[Table], height: int, width: int) -> NDArray[np.int32]:
     """Inverse of `encode_z`: (hyper, height, width) int32."""
-    symbols = GroupDecoder(data).take(tables, _equal_ends(len(tables), height * width))
+    symbols = GroupDecoder(data).take(TableSet(tables), _equal_ends(len(tables), height * width))
     return symbols.reshape(len(tables), height, width)
 
 
@@ -38,8 +38,8 @@ class SymbolCoding:
 
     def __init__(self, tables: Sequence[Table], lattice_from: int) -> None:
         """lattice_from: see `lattice.groups`; as many as there are tables if none are."""
-        self.tables = list(tables)
-        self.by_parity = [table.of_parity(odd) for table in tables for odd in (False, True)]
+        self.tables = TableSet(tables)
+        self.by_parity = TableSet([t.of_parity(odd) for t in tables for odd in (False, True)])
         self.lattice_from = lattice_from
 
     def split(self, index: NDArray[np.uint8]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

@@ -27,7 +27,7 @@ def on_lattice(
 ) -> NDArray[np.float32]:
     """Symbols of residuals, rounded and put onto the lattice."""
     symbols = np.round(x)
-    rounding.apply(x, index, symbols)
+    rounding.apply(x[None], index[None], symbols[None])
     return symbols
 
 
@@ -71,16 +71,19 @@ def test_symbols_land_on_the_lattice_near_what_they_stand_for(seed: int) -> None
     assert np.array_equal(
         odd[:, CHECKS], check_parities(symbols[groups(index, FIRST)].astype(np.int32))
     )
-    assert np.abs(symbols - x)[5:].max() < 2
+    assert np.abs(symbols - x)[2:].max() < 2
+    assert np.abs(symbols[:2] - [2**23, -(2**23)]).max() <= 1
     others = np.setdiff1d(np.arange(len(x)), groups(index, FIRST))
     assert np.array_equal(symbols[others], np.round(x)[others])
 
 
-def test_the_search_is_near_the_best() -> None:
+@pytest.mark.parametrize(("widest", "excess"), [(63, 0.004), (FIRST + 2, 0.007)])
+def test_the_search_is_near_the_best(widest: int, excess: float) -> None:
     """Against the cheapest of all groups whose members are one of the two or three nearest, by
-    dynamic programming over the 64 sums."""
+    dynamic programming over the 64 sums. Narrow tables: there a parity is worth less than a bit."""
     rng = np.random.default_rng(5)
     x, index = laplacian_pass(rng, 20000)
+    x, index = x[index <= widest], index[index <= widest]
     symbols = on_lattice(LatticeRounding(TABLES, FIRST, strength=1.0), x, index)
     bits = np.stack([t.magnitude_bits for t in TABLES])
 
@@ -110,35 +113,58 @@ def test_the_search_is_near_the_best() -> None:
         checks = members[list(CHECKS)]
         spent += found[members].sum() - free[index[checks], symbols[checks].astype(int) % 2].sum()
         plain += np.minimum(by_parity[members, 0], by_parity[members, 1]).sum()
-    assert best * 0.9999 <= spent < best * 1.01
-    assert spent < plain  # the parities that follow are worth more than what it costs to obey
+    assert best * 0.9999 <= spent < best * (1 + excess)
+    if widest == 63:  # the parities that follow are worth more than what it costs to obey
+        assert spent < plain
 
 
-@pytest.mark.parametrize("silent_below", [0, 20, 64])
-def test_tiles_on_the_lattice_come_back(silent_below: int) -> None:
+def test_tiles_on_the_lattice_come_back() -> None:
+    """Among them groups of which a part is too quiet to be coded, checks that are escapes, and
+    passes around the size of a group."""
     rng = np.random.default_rng(2)
+    skip = 14
     coding = SymbolCoding(TABLES, FIRST)
-    rounding = LatticeRounding(TABLES, FIRST)
     encoder = TileEncoder(coding)
     passes = []
-    for size in (3000, 40, 0, 5000):
+    cut = escaped = 0
+    for size in (3000, 31, 32, 33, 0, 8000):
         x, index = laplacian_pass(rng, size)
-        x[index < silent_below] = 0
-        x[100:110] *= 1000 if silent_below == 0 else 1
-        symbols = on_lattice(rounding, x, index)
-        if silent_below:
-            # Whole groups that are silent keep to the code.
-            quiet = groups(index, FIRST)
-            quiet = quiet[index[quiet].min(axis=1, initial=64) < silent_below]
-            symbols[quiet] = 0
-            symbols[index < silent_below] = 0
-        passes.append((symbols.astype(np.int32), index))
-        encoder.add(*passes[-1])
+        if size in (31, 32, 33):
+            index[:] = rng.integers(FIRST, 40, size)
+        symbols = np.round(x).astype(np.int32)
+        symbols[index < skip] = 0
+        members = groups(index, FIRST)
+        live = index[members] >= skip
+        places = members[:, CHECKS]
+        symbols[places[live[:, CHECKS]]] += (
+            2 * 10**6 * (rng.random(int(live[:, CHECKS].sum())) < 0.1)
+        )
+        if not live.all():  # where checks are quiet, so is the group but for two pairs
+            rows = np.flatnonzero(~live.all(axis=1) & live[:, 28:].all(axis=1))
+            quiet = np.flatnonzero(~live.all(axis=1))
+            symbols[members[quiet]] = 0
+            symbols[members[rows][:, [28, 29, 30, 31]]] = [1, -1, 3, 5]
+            cut += len(rows)
+        whole = live.all(axis=1)
+        parities = check_parities(symbols[members])
+        symbols[places[whole]] += (symbols[places[whole]] & 1) ^ parities[whole]
+        escaped += int((symbols[places] > 10**6).sum())
+        passes.append((symbols, index))
+        encoder.add(symbols, index)
+    assert cut and escaped
     data = encoder.finish()
-    assert data[0] >= silent_below
+    assert data[0] == skip
     decoder = TileDecoder(data, coding)
     for expected, index in passes:
         assert np.array_equal(decoder.take(index), expected)
+
+
+def test_symbols_beside_the_lattice_are_not_written() -> None:
+    encoder = TileEncoder(SymbolCoding(TABLES, FIRST))
+    index = np.full(GROUP, FIRST, np.uint8)
+    encoder.add((np.arange(GROUP) == 5).astype(np.int32), index)
+    with pytest.raises(ValueError, match="lattice"):
+        encoder.finish()
 
 
 def test_the_parities_of_checks_cost_nothing() -> None:
@@ -151,5 +177,5 @@ def test_the_parities_of_checks_cost_nothing() -> None:
         encoder = TileEncoder(coding)
         encoder.add(symbols.astype(np.int32), index)
         sizes.append(8 * len(encoder.finish()))
-    _, free = rounding.free_bits(index, symbols)
+    free = rounding.free_bits(index[None], symbols[None])
     assert sizes[1] - sizes[0] == pytest.approx(float(free.sum()), rel=0.05)

@@ -28,7 +28,7 @@ from vaestream.training.growth import grown
 from vaestream.training.real_coding import RealCoding
 from vaestream.training.trainer import ENCODER, TrainingSettings, train
 
-CONFIG = ModelConfig(32, 8, 16, 16, 1, 1, 1, 1, 8, 8, (8, 24), 8, 8)
+CONFIG = ModelConfig(32, 8, 16, 16, 1, 1, 1, 1, 8, 8, (8, 24), 8, 8, lattice_from=10)
 SETTINGS = TrainingSettings(batch=2, crop=64, validation_photos=1)
 
 
@@ -67,6 +67,9 @@ def test_real_coding_says_what_the_codec_writes() -> None:
         assert bits + 320 == pytest.approx(8 * len(encoded.data), rel=0.02)
         error = float((output.x_hat.round().clamp(-128, 127) - x).square().mean())
         assert 10 * math.log10(255**2 / error) == pytest.approx(encoded.psnr, abs=0.05)
+        # The very same symbols, on the same lattice.
+        difference = output.x_hat[0].permute(1, 2, 0) + 128 - codec.decode([encoded.data])[0]
+        assert float(difference.clamp(-1, 1).abs().mean()) < 0.4
 
 
 def test_real_coding_moves_no_latent_that_stays_zero_anyway() -> None:

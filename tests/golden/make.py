@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from vaestream.codec import Codec
+from vaestream.codec.bitstream import unpack
 from vaestream.codec.config import ModelConfig
 from vaestream.codec.hyperprior import Hyperprior
 from vaestream.codec.mean_branch import MeanContext
@@ -48,11 +49,14 @@ for name, image, quality, ratio in (
     ("gray", photo_like(45, 70, channels=1), 35.0, 1.0),
     ("colour", photo_like(70, 45), 80.0, 1.0),
     ("tiles", photo_like(20, 530), 100.0, 1.0),
-    ("smooth", smooth, 5.0, 1.0),  # nothing in the narrowest tables, so that they are skipped
+    ("smooth", smooth, 5.0, 1.0),
+    ("flat", np.full((100, 80), 90, np.uint8), 0.0, 1.0),
     ("reduced", photo_like(75, 101), 60.0, 1.5),
     ("reduced-gray", photo_like(75, 101, channels=1), 20.0, 3.0),
 ):
     with patch("vaestream.codec.encoder.best_ratio", return_value=ratio):
         (blob,) = codec.encode([image], quality)
+    if name == "flat":  # nothing in narrow tables: they are skipped, a part of a group with them
+        assert unpack(blob).tiles[0][0] > model.config.lattice_from
     (folder / f"{name}.vst").write_bytes(blob)
     np.save(folder / f"{name}.npy", codec.decode([blob])[0])

@@ -21,7 +21,7 @@ from .hardware import best_dtype
 from .networks import Networks, ScalePrior, SideInformation, cut
 from .rate_control import encode_to_psnr, encode_to_rate
 from .rendering import render, wanted_latents
-from .streams import SymbolCoding, TileDecoder, decode_z, tables_of_z
+from .streams import TileDecoder, decode_z, tables_of_z
 from .tiles import batches, hull, overlapping, paste
 from .view import Region, View
 from .weights_file import import_weights
@@ -78,9 +78,9 @@ class Codec:
         self.device = device
         self.dtype = dtype
         self.networks = Networks(loaded, device, dtype, window=max(1, window_pixels // 16))
-        self._coding = SymbolCoding(loaded.y_tables, self.networks.config.lattice_from)
         self._z_tables = loaded.z_tables
         self.encoder = Encoder(self.networks, loaded.y_tables, loaded.z_tables, loaded.id)
+        self._coding = self.encoder.coding
 
     @classmethod
     def load(

@@ -20,12 +20,10 @@ class CodingCosts:
     """
 
     def __init__(
-        self, tables: Sequence[Table], device: torch.device, lattice_from: int = NUM_SCALES
+        self, tables: Sequence[Table], device: torch.device, lattice: LatticeRounding | None = None
     ) -> None:
-        """tables: counted, one a table index. lattice_from: see `ModelConfig`."""
-        self._lattice = None
-        if lattice_from < NUM_SCALES:
-            self._lattice = LatticeRounding(tables, lattice_from)
+        """tables: counted, one a table index. lattice: what puts symbols on one, if they are."""
+        self._lattice = lattice
         bits = torch.from_numpy(np.stack([t.magnitude_bits for t in tables])).to(device)
         rows = torch.arange(NUM_SCALES, device=device)
         above, below = (rows + 1).clamp_max(NUM_SCALES - 1), (rows - 1).clamp_min(0)
@@ -41,23 +39,21 @@ class CodingCosts:
         return torch.copysign(torch.floor(magnitude + offset), value)
 
     def code(self, index: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The symbols of a whole pass, on the lattice where there is one, and their bits: all
-        (tiles, channels, places)."""
+        """The symbols that the encoder makes of a whole pass of tiles, and their bits.
+
+        All (tiles, channels, places).
+        """
         symbols = self.round(index, value)
-        bits = self.bits(index, symbols)
-        if self._lattice is not None:
-            upright = symbols.cpu().transpose(1, 2).contiguous()
-            saved = torch.zeros_like(upright)
-            flat_index = index.to("cpu", torch.uint8).transpose(1, 2).flatten(1).numpy()
-            residual = value.cpu().transpose(1, 2).flatten(1).numpy()
-            coded = upright.flatten(1).numpy()
-            for tile in range(len(coded)):
-                self._lattice.apply(residual[tile], flat_index[tile], coded[tile])
-                checks, free = self._lattice.free_bits(flat_index[tile], coded[tile])
-                saved[tile].view(-1)[torch.from_numpy(checks)] = torch.from_numpy(free)
-            symbols = upright.transpose(1, 2).to(symbols.device)
-            bits = self.bits(index, symbols) - saved.transpose(1, 2).to(bits.device)
-        return symbols, bits
+        if self._lattice is None:
+            return symbols, self.bits(index, symbols)
+        # As they are coded, the channels of a place side by side.
+        upright = symbols.cpu().transpose(1, 2).contiguous()
+        flat = upright.flatten(1).numpy()
+        flat_index = index.to("cpu", torch.uint8).transpose(1, 2).flatten(1).numpy()
+        self._lattice.apply(value.cpu().transpose(1, 2).flatten(1).numpy(), flat_index, flat)
+        free = torch.from_numpy(self._lattice.free_bits(flat_index, flat)).view(upright.shape)
+        symbols = upright.transpose(1, 2).to(value.device)
+        return symbols, self.bits(index, symbols) - free.transpose(1, 2).to(value.device)
 
     def bits(self, index: Tensor, symbol: Tensor) -> Tensor:
         """Bits of symbols."""

@@ -13,7 +13,7 @@ from .bitstream import MODEL_ID_BYTES, Header, pack
 from .coding_costs import CodingCosts
 from .config import NUM_SCALES
 from .entropy import Table
-from .lattice import LATTICE_STRENGTH, LatticeRounding
+from .lattice import SEARCH_STRENGTH, LatticeRounding
 from .metrics import tensor_psnr
 from .networks import MeanPrior, Networks, ScalePrior, cut
 from .reduction import Source, best_ratio
@@ -49,18 +49,22 @@ class Encoder:
         model_id: str,
         *,
         dead_zone: float = DEAD_ZONE,
-        lattice_strength: float = LATTICE_STRENGTH,
+        search_strength: float = SEARCH_STRENGTH,
     ) -> None:
         """y_tables: one a table index. z_tables: one a channel, for qualities from 0 to 100.
-        dead_zone: see `rounding_offsets`."""
+        dead_zone: see `rounding_offsets`. search_strength: likewise of `LatticeRounding`."""
         self._networks = networks
-        self._coding = SymbolCoding(y_tables, networks.config.lattice_from)
+        lattice_from = networks.config.lattice_from
+        self.coding = SymbolCoding(y_tables, lattice_from)
+        self._y_tables = list(y_tables)
         self._z_tables = z_tables
         self._model_id = model_id
         offsets = rounding_offsets(y_tables, dead_zone)
         self._rounding = torch.from_numpy(offsets).flatten().to(networks.device)
-        self._lattice = LatticeRounding(y_tables, networks.config.lattice_from, lattice_strength)
-        self._costs = CodingCosts(y_tables, networks.device, networks.config.lattice_from)
+        self._lattice: LatticeRounding | None = None
+        if lattice_from < NUM_SCALES:
+            self._lattice = LatticeRounding(y_tables, lattice_from, search_strength)
+        self._costs = CodingCosts(y_tables, networks.device, self._lattice)
 
     def source(self, image: NDArray[np.uint8], quality: float) -> Source:
         """A picture at the size at which it had better be coded."""
@@ -103,7 +107,7 @@ class Encoder:
         streams = [b""] * header.num_tiles
         for numbers, rectangles in batches(dict(enumerate(header.tiles()))):
             means, scales = side.means(rectangles), side.scales(rectangles)
-            encoders = [TileEncoder(self._coding) for _ in numbers]
+            encoders = [TileEncoder(self.coding) for _ in numbers]
             for symbols, index in self._quantise(cut(y, rectangles), means, scales):
                 for i, encoder in enumerate(encoders):
                     encoder.add(symbols[i], index[i])
@@ -127,7 +131,7 @@ class Encoder:
         """
         height, width = image.shape[:2]
         header = Header(width, height, 3, quality, self._model_id[: 2 * MODEL_ID_BYTES])
-        counts = [np.zeros(len(t.counts), np.int64) for t in self._coding.tables.tables]
+        counts = [np.zeros(len(t.counts), np.int64) for t in self._y_tables]
         with torch.autocast(self._networks.device.type, enabled=False):
             y, z_hat = self._latents(image, quality)
             side = self._networks.side_information(z_hat, self._networks.quality(quality))
@@ -136,7 +140,7 @@ class Encoder:
                 for symbols, index in self._quantise(cut(y, rectangles), means, scales):
                     flat, number = symbols.ravel(), index.ravel()
                     for i in np.unique(number):
-                        counts[i] += self._coding.tables.tables[i].count(flat[number == i])
+                        counts[i] += self._y_tables[i].count(flat[number == i])
         return counts
 
     @torch.inference_mode()
@@ -161,7 +165,8 @@ class Encoder:
     ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.uint8]]]:
         """Symbols and table indices of tiles of scaled latents, pass by pass: (tiles, symbols).
 
-        Symbols are rounded with dead zones that are wider where the next symbol is dearer.
+        Symbols are rounded with dead zones that are wider where the next symbol is dearer; members
+        of groups are what a search on the lattice finds.
         """
         for number, p in enumerate(self._networks.config.passes):
             mean, index = means.predict(number, p), scales.predict(number, p)
@@ -172,9 +177,8 @@ class Encoder:
             symbols = torch.copysign(magnitude, residual)
             mask = scales.mask(p)
             flat_symbols, flat_index = _coded(symbols, mask), _coded(index, mask)
-            if self._coding.lattice_from < NUM_SCALES:
-                for tile in zip(_coded(residual, mask), flat_index, flat_symbols, strict=True):
-                    self._lattice.apply(*tile)
+            if self._lattice is not None:
+                self._lattice.apply(_coded(residual, mask), flat_index, flat_symbols)
                 on_lattice = torch.from_numpy(flat_symbols).to(symbols.device)
                 if mask is None:
                     symbols = on_lattice.view(symbols.shape)

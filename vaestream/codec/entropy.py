@@ -33,7 +33,7 @@ _ESCAPE_BITS = 8.0  # of the value itself: a varint, mostly of one byte
 class Table:
     """Counts of the symbols low, low+step, ...; the last count is that of the escape.
 
-    step: 1, or 2 for symbols of one parity.
+    step: 1, or 2 for symbols of one parity, which `of_parity` makes.
     """
 
     low: int
@@ -46,14 +46,15 @@ class Table:
         return len(self.counts) - 1
 
     def count(self, symbols: NDArray[np.integer]) -> NDArray[np.int64]:
-        """How often each category occurs among symbols of any value."""
-        categories = (symbols.astype(np.int64) - self.low) // self.step
+        """How often each category occurs among symbols of any value; of a table of step 1."""
+        categories = symbols.astype(np.int64) - self.low
         categories[(categories < 0) | (categories > self.escape)] = self.escape
         return np.bincount(categories, minlength=len(self.counts))
 
     @cached_property
     def magnitude_bits(self) -> NDArray[np.float32]:
-        """Bits of a symbol by its magnitude, (64,), the mean over its signs."""
+        """Bits of a symbol by its magnitude, (64,), the mean over its signs; of a table of step
+        1."""
         counts = self.counts.astype(np.float64)
         bits = np.log2(counts.sum()) - np.log2(counts)
         radius = min(-self.low, MAGNITUDES - 1)
@@ -78,13 +79,14 @@ class Table:
 
 
 class TableSet:
-    """Tables of one step, for symbols in as many groups."""
+    """Tables of one step, for symbols in as many runs."""
 
     def __init__(self, tables: Sequence[Table]) -> None:
         self.tables = tuple(tables)
         self._low = np.array([t.low for t in tables], np.int32)
         self._escape = np.array([t.escape for t in tables], np.int32)
-        self._shift = tables[0].step >> 1  # by so many bits a step is more than 1
+        (step,) = {t.step for t in tables}
+        self._shift = step >> 1  # by so many bits a step is more than 1
 
     def __len__(self) -> int:
         return len(self.tables)

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from .entropy import MAGNITUDES, Table
 from .rounding import SQUARED_ERROR_OF_A_BIT
 
-LATTICE_STRENGTH = 0.85
-"""How many times `SQUARED_ERROR_OF_A_BIT` a bit is worth in the search."""
+SEARCH_STRENGTH = 0.85
+"""What part of a bit's worth in squared error (`SQUARED_ERROR_OF_A_BIT`) counts in the search."""
 
 GROUP = 32
 CHECKS = (15, 23, 27, 29, 30, 31)
@@ -72,9 +72,10 @@ class LatticeRounding:
     """Finds points of the lattice that are cheap in bits and in error."""
 
     def __init__(
-        self, tables: Sequence[Table], first: int, strength: float = LATTICE_STRENGTH
+        self, tables: Sequence[Table], first: int, strength: float = SEARCH_STRENGTH
     ) -> None:
-        """tables: counted, one a table index. first: see `groups`."""
+        """tables: counted, one a table index. first: see `groups`. strength: see
+        `SEARCH_STRENGTH`."""
         self._first = first
         bits = np.stack([table.magnitude_bits for table in tables])
         self._worth = np.float32(1 / (strength * SQUARED_ERROR_OF_A_BIT))
@@ -87,10 +88,17 @@ class LatticeRounding:
     def apply(
         self, residual: NDArray[np.float32], index: NDArray[np.uint8], symbols: NDArray[np.float32]
     ) -> None:
-        """Put the symbols of a pass, all (n,), onto the lattice, where there are groups.
+        """Give the members of groups the symbols of a cheap point of the lattice.
 
-        residual: what they were rounded from.
+        residual: what is to be coded, in steps. symbols: changed in place; what stands there is
+        kept outside groups. All (tiles, n), a pass of each tile; a tile has groups of its own.
         """
+        for tile in zip(residual, index, symbols, strict=True):
+            self._apply(*tile)
+
+    def _apply(
+        self, residual: NDArray[np.float32], index: NDArray[np.uint8], symbols: NDArray[np.float32]
+    ) -> None:
         members = groups(index, self._first)
         if not len(members):
             return
@@ -114,11 +122,15 @@ class LatticeRounding:
 
     def free_bits(
         self, index: NDArray[np.uint8], symbols: NDArray[np.float32]
-    ) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-        """Where the checks of a pass stand, and the bits of their parities, which are not spent."""
-        checks = groups(index, self._first)[:, CHECKS].ravel()
-        parities = symbols[checks].astype(np.int32) & 1
-        return checks, self._parity_bits[index[checks], parities]
+    ) -> NDArray[np.float32]:
+        """The bits of the parities that follow from others, which are not spent; 0 but for checks.
+        All (tiles, n), as in `apply`."""
+        free = np.zeros(symbols.shape, np.float32)
+        for of_tile, tile_index, tile_symbols in zip(free, index, symbols, strict=True):
+            checks = groups(tile_index, self._first)[:, CHECKS]
+            parities = tile_symbols[checks].astype(np.int32) & 1
+            of_tile[checks] = self._parity_bits[tile_index[checks], parities]
+        return free
 
     def _cost(
         self, magnitude: NDArray[np.float32], symbol: NDArray[np.float32], table: NDArray[np.intp]

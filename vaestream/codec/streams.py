@@ -1,6 +1,7 @@
 """Entropy-coded streams of a photo: z, whole, and y, a tile at a time."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 from vaestream.errors import BitstreamError
 
 from .entropy import GroupDecoder, GroupEncoder, Table, TableSet
-from .lattice import CHECKS, check_parities, groups
+from .lattice import CHECKS, GROUP, check_parities
 
 
 def encode_z(z_hat: NDArray[np.int32], tables: list[Table]) -> bytes:
@@ -33,6 +34,20 @@ def _equal_ends(groups: int, size: int) -> list[int]:
     return list(range(0, (groups + 1) * size, size))
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How the symbols of a pass are coded.
+
+    members: (n, 32), where the members of groups stand. order: where the coded symbols stand that
+    are no checks, by table and within a table as they stand in the pass. ends: where each table's
+    run begins in `order`, and the end of the last.
+    """
+
+    members: NDArray[np.intp]
+    order: NDArray[np.intp]
+    ends: list[int]
+
+
 class SymbolCoding:
     """What the symbols of y are coded with: the table of each index, and which are on a lattice."""
 
@@ -40,12 +55,30 @@ class SymbolCoding:
         """lattice_from: see `lattice.groups`; as many as there are tables if none are."""
         self.tables = TableSet(tables)
         self.by_parity = TableSet([t.of_parity(odd) for t in tables for odd in (False, True)])
-        self.lattice_from = lattice_from
+        self._lattice_from = lattice_from
 
-    def split(self, index: NDArray[np.uint8]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """The groups of a pass, (n, 32), and where their checks stand, (6 * n,)."""
-        members = groups(index, self.lattice_from)
-        return members, members[:, CHECKS].ravel()
+    def layout(self, index: NDArray[np.uint8], skip: int) -> Layout:
+        """Of a pass, given the table index of each symbol and the first that is coded."""
+        order, ends = _by_table(index, min(skip, self._lattice_from), len(self.tables))
+        start = ends[self._lattice_from] if self._lattice_from < len(ends) else len(order)
+        start += (len(order) - start) % GROUP
+        members = order[start:].reshape(-1, GROUP)
+        coded = np.ones(len(order), np.bool_)
+        coded[: ends[skip]] = False
+        coded[start:].reshape(-1, GROUP)[:, CHECKS] = False
+        # What is left before each of the ends.
+        left = np.append(0, np.cumsum(coded))[ends]
+        return Layout(members, order[coded], left.tolist())
+
+    def checks(
+        self, index: NDArray[np.uint8], layout: Layout, parities: NDArray[np.uint8], skip: int
+    ) -> tuple[NDArray[np.intp], list[int]]:
+        """Where the coded checks of a pass stand, in order, and where the run of each of
+        `by_parity` begins among them. parities: (n, 6), of the checks of each group."""
+        places = layout.members[:, CHECKS].ravel()
+        key = 2 * index[places] + parities.ravel()
+        order, ends = _by_table(key, 2 * skip, len(self.by_parity))
+        return places[order], ends
 
 
 class TileEncoder:
@@ -66,18 +99,19 @@ class TileEncoder:
         self._passes.append((symbols, index))
 
     def finish(self) -> bytes:
-        """The tile's stream."""
+        """The tile's stream. Raises ValueError if symbols are not on the lattice."""
         encoder = GroupEncoder()
         coding = self._coding
         for symbols, index in self._passes:
-            _, checks = coding.split(index)
-            order, ends = _coding_order(index, self._skip, len(coding.tables), without=checks)
-            encoder.add(symbols[order], coding.tables, ends)
-            if len(checks):
-                of_checks = symbols[checks]
-                key = _parity_key(index[checks], of_checks)
-                order, ends = _coding_order(key, 2 * self._skip, len(coding.by_parity))
-                encoder.add(of_checks[order], coding.by_parity, ends)
+            layout = coding.layout(index, self._skip)
+            encoder.add(symbols[layout.order], coding.tables, layout.ends)
+            if len(layout.members):
+                members = symbols[layout.members]
+                parities = check_parities(members)
+                if not np.array_equal(members[:, CHECKS] & 1, parities):
+                    raise ValueError("the symbols of a group are not on the lattice")
+                order, ends = coding.checks(index, layout, parities, self._skip)
+                encoder.add(symbols[order], coding.by_parity, ends)
         return bytes([self._skip]) + encoder.finish()
 
 
@@ -96,35 +130,22 @@ class TileDecoder:
         """The symbols of the next pass, given the table index of each, both flat."""
         coding = self._coding
         symbols = np.zeros(len(index), np.int32)
-        members, checks = coding.split(index)
-        order, ends = _coding_order(index, self._skip, len(coding.tables), without=checks)
-        symbols[order] = self._decoder.take(coding.tables, ends)
-        if len(checks):
-            parities = check_parities(symbols[members]).ravel()
-            key = _parity_key(index[checks], parities)
-            order, ends = _coding_order(key, 2 * self._skip, len(coding.by_parity))
-            symbols[checks[order]] = self._decoder.take(coding.by_parity, ends)
+        layout = coding.layout(index, self._skip)
+        symbols[layout.order] = self._decoder.take(coding.tables, layout.ends)
+        if len(layout.members):
+            parities = check_parities(symbols[layout.members])
+            order, ends = coding.checks(index, layout, parities, self._skip)
+            symbols[order] = self._decoder.take(coding.by_parity, ends)
         return symbols
 
 
-def _parity_key(index: NDArray[np.uint8], symbols: NDArray[np.integer]) -> NDArray[np.uint8]:
-    """The number, in `SymbolCoding.by_parity`, of the table of each symbol."""
-    return (2 * index + (symbols & 1)).astype(np.uint8)
-
-
-def _coding_order(
-    index: NDArray[np.uint8], skip: int, tables: int, without: NDArray[np.intp] | None = None
+def _by_table(
+    index: NDArray[np.uint8], first: int, tables: int
 ) -> tuple[NDArray[np.intp], list[int]]:
-    """Positions of the coded symbols, by table and within a table as they stand.
-
-    With them, where each table's run begins, and the end of the last: tables + 1 numbers. without:
-    positions that are left out.
-    """
-    chosen = index >= skip
-    if without is not None:
-        chosen[without] = False
-    coded = np.flatnonzero(chosen)
-    used = index[coded]
+    """Positions of the symbols with tables from `first` on, by table and within a table as they
+    stand, and where each table's run begins, with the end of the last: tables + 1 numbers."""
+    chosen = np.flatnonzero(index >= first)
+    used = index[chosen]
     order = np.argsort(used, kind="stable")  # a radix sort, for bytes
     ends = np.searchsorted(used[order], np.arange(tables + 1))
-    return coded[order], ends.tolist()
+    return chosen[order], ends.tolist()

@@ -145,6 +145,8 @@ def import_weights(data: bytes) -> Weights:
     channels = model.config.hyper
     if len(y_tables) != NUM_SCALES or len(z_flat) != QUALITY_NODES * channels:
         raise WeightsError("damaged weights: a probability table is missing")
+    if any(t.low > -2 or len(t.counts) != 2 - 2 * t.low for t in y_tables):
+        raise WeightsError("damaged weights: a probability table of y is not symmetric")
     z_tables = [z_flat[n * channels : (n + 1) * channels] for n in range(QUALITY_NODES)]
     digest = hashlib.sha256(data).hexdigest()
     return Weights(model.eval().requires_grad_(False), y_tables, z_tables, answer, digest)

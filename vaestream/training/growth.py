@@ -19,7 +19,8 @@ def grown(model: Hyperprior, config: ModelConfig) -> Hyperprior:
 
     `config` may have more residual blocks, groups and steps that are split further, and steered
     contexts. A pass takes the contexts of the one that codes its symbols in `model`; what it knows
-    beyond that has no weight at first, nor do new steering and new blocks add anything.
+    beyond that has no weight at first, nor do new steering and new blocks add anything. Only a
+    lattice, if `config` has another, changes what is coded at once.
 
     Raises ValueError if something of `model` has no place in `config`.
     """

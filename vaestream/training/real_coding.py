@@ -8,6 +8,7 @@ from torch import Tensor
 from vaestream.codec.coding_costs import CodingCosts
 from vaestream.codec.config import NUM_SCALES
 from vaestream.codec.entropy import Table
+from vaestream.codec.lattice import LatticeRounding
 
 
 class RealCoding:
@@ -28,7 +29,8 @@ class RealCoding:
         self, tables: Sequence[Table], device: torch.device, lattice_from: int = NUM_SCALES
     ) -> None:
         """tables: counted, one a table index. lattice_from: see `ModelConfig`."""
-        self._costs = CodingCosts(tables, device, lattice_from)
+        lattice = LatticeRounding(tables, lattice_from) if lattice_from < NUM_SCALES else None
+        self._costs = CodingCosts(tables, device, lattice)
 
     def __call__(self, y: Tensor, prediction: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         costs, x = self._costs, y - prediction

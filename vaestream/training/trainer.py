@@ -292,7 +292,7 @@ class _Run:
         """Continue from `save`. Raises WeightsError if the run there was another one."""
         try:
             state = torch.load(path, map_location=device, weights_only=True)
-            if state["config"] != asdict(self.model.config):
+            if ModelConfig(**state["config"]) != self.model.config:
                 raise WeightsError(f"{path}: made by a run of another network; remove it first")
             self.model.load_state_dict(state["model"])
             for optimizer, held in zip(self.optimizers, state["optimizers"], strict=True):

@@ -21,10 +21,10 @@ from .rounding import SQUARED_ERROR_OF_A_BIT
 from .transforms import STRIDE
 
 _BLOCK = 2 * TILE  # latents; memory grows with its area
-_DAMPING = 0.8  # of the first step; then falling to 0, so that neighbours don't overshoot
-_OWN_BITS = 0.5
+_DAMPING = 0.5  # of the first step; then falling to 0, so that neighbours don't overshoot
+_OWN_BITS = 0.25
 """Share of a symbol's bits that counts in the gradient of its own latent, not only in that of its
-prediction: the dead zone of the rounding charges for them too."""
+prediction: dead zones and the search on the lattice charge for them too."""
 
 
 def refine(

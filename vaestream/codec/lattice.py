@@ -147,7 +147,7 @@ def _mend(price: NDArray[np.float32], moved: NDArray[np.bool_], odd: NDArray[np.
     """Change `moved` where the parities are no word of the code: the cheapest change of up to two
     members, or of three that hold the cheapest one. All (n, 32); a member that is moved changes
     its parity, price is what changing `moved` costs."""
-    syndrome = np.bitwise_xor.reduce(np.where(odd ^ moved, _SYNDROME, 0).astype(np.uint8), axis=1)
+    syndrome = np.bitwise_xor.reduce((odd ^ moved) * _SYNDROME, axis=1)
     # An odd number of members has to change: the one the syndrome names, or the cheapest and two.
     rows = np.flatnonzero(syndrome >= GROUP)
     named = syndrome[rows] - GROUP

@@ -14,6 +14,7 @@ quantization", IEEE Trans. Information Theory 28, 1982; Clare et al., "Sign bit 
 """
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,8 @@ CHECKS = (15, 23, 27, 29, 30, 31)
 
 _LARGEST = np.float32(2**23)
 """float32 knows odd and even up to its double."""
+
+_Entry = TypeVar("_Entry", bound=np.generic)
 
 _PLACES = np.arange(GROUP, dtype=np.uint8)
 _SYNDROME = (_PLACES + GROUP).astype(np.uint8)
@@ -48,16 +51,22 @@ def _check_matrix() -> NDArray[np.float32]:
 _CHECK_MATRIX = _check_matrix()
 
 
+def in_groups(ordered: NDArray[_Entry]) -> NDArray[_Entry]:
+    """What belongs to symbols on the lattice, (m,), in the order of their tables, as (n, 32): a
+    view. The first few are left over if 32 does not divide m."""
+    return ordered[len(ordered) % GROUP :].reshape(-1, GROUP)
+
+
 def groups(index: NDArray[np.uint8], first: int) -> NDArray[np.intp]:
     """(n, 32): the groups of a pass, given the table index of each of its symbols: where they
     stand.
 
-    Symbols with tables from `first` on, in the order of their tables, else as they stand; the first
-    few are left over if 32 does not divide their number.
+    Symbols with tables from `first` on, in the order of their tables, else as they stand, are
+    grouped by `in_groups`.
     """
     chosen = np.flatnonzero(index >= first)
     order = np.argsort(index[chosen], kind="stable")  # a radix sort, for bytes
-    return chosen[order[len(order) % GROUP :]].reshape(-1, GROUP)
+    return chosen[in_groups(order)]
 
 
 def check_parities(members: NDArray[np.int32]) -> NDArray[np.uint8]:
@@ -112,10 +121,9 @@ class LatticeRounding:
         other = np.where(below < above, np.abs(lower - 1), lower + 1)
         excess = np.minimum(above, below) - cost
         odd = (lower.astype(np.int32) & 1).astype(bool)
-        checks = list(CHECKS)
-        saved = self._parity_bits[table[:, checks]]
+        saved = self._parity_bits[table[:, CHECKS]]
         even_saves_more = saved[..., 0] - saved[..., 1]
-        excess[:, checks] += np.where(odd[:, checks], -even_saves_more, even_saves_more)
+        excess[:, CHECKS] += np.where(odd[:, CHECKS], -even_saves_more, even_saves_more)
         moved = excess < 0
         _mend(np.abs(excess), moved, odd)
         symbols[members] = np.copysign(np.where(moved, other, lower), x)

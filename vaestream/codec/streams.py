@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from vaestream.errors import BitstreamError
 
 from .entropy import GroupDecoder, GroupEncoder, Table, TableSet
-from .lattice import CHECKS, GROUP, check_parities
+from .lattice import CHECKS, check_parities, in_groups
 
 
 def encode_z(z_hat: NDArray[np.int32], tables: list[Table]) -> bytes:
@@ -60,15 +60,13 @@ class SymbolCoding:
     def layout(self, index: NDArray[np.uint8], skip: int) -> Layout:
         """Of a pass, given the table index of each symbol and the first that is coded."""
         order, ends = _by_table(index, min(skip, self._lattice_from), len(self.tables))
-        start = ends[self._lattice_from] if self._lattice_from < len(ends) else len(order)
-        start += (len(order) - start) % GROUP
-        members = order[start:].reshape(-1, GROUP)
+        start = ends[self._lattice_from]
         coded = np.ones(len(order), np.bool_)
         coded[: ends[skip]] = False
-        coded[start:].reshape(-1, GROUP)[:, CHECKS] = False
+        in_groups(coded[start:])[:, CHECKS] = False
         # What is left before each of the ends.
         left = np.append(0, np.cumsum(coded))[ends]
-        return Layout(members, order[coded], left.tolist())
+        return Layout(in_groups(order[start:]), order[coded], left.tolist())
 
     def checks(
         self, index: NDArray[np.uint8], layout: Layout, parities: NDArray[np.uint8], skip: int

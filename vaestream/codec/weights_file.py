@@ -161,17 +161,12 @@ def gaussian_tables() -> list[Table]:
     """The table that each scale index stands for before any symbols were counted."""
     tables = []
     for index in range(NUM_SCALES):
-        scale = scale_of_table(index)
+        scale = SCALE_MIN * (SCALE_MAX / SCALE_MIN) ** (index / (NUM_SCALES - 1))
         radius = max(2, math.ceil(_TAIL * scale))
         edges = (np.arange(-radius, radius + 2) - 0.5) / scale
         below = np.array([0.5 * math.erfc(-e / math.sqrt(2)) for e in edges])
         tables.append(Table(-radius, _counts(np.diff(below))))
     return tables
-
-
-def scale_of_table(index: int) -> float:
-    """The standard deviation, in steps, that a table stands for."""
-    return float(SCALE_MIN * (SCALE_MAX / SCALE_MIN) ** (index / (NUM_SCALES - 1)))
 
 
 def _empirical_table(

@@ -215,13 +215,14 @@ class Networks:
             )
             # Exact in bfloat16.
             quarter = space_to_depth(crop.permute(2, 0, 1)[None], 4).to(self._dtype).sub_(128)
-            correction = self.model.g_a.correction(quarter, quality)[0].permute(1, 2, 0)
+            correction = self.model.g_a.correction(quarter, quality, w.margins)
             inner = y[w.top : w.bottom, w.left : w.right]
-            blocks = space_to_depth(quarter[(..., *w.inner(STRIDE // 4))], 4)[0].permute(1, 2, 0)
+            within, _ = w.margins.scaled(STRIDE // 4).crop(quarter)
+            blocks = space_to_depth(within, 4)[0].permute(1, 2, 0)
             precise = len(self._analysis)
             inner[..., :precise] = F.linear(blocks.float(), self._analysis)
             inner[..., precise:] = F.linear(blocks, self._analysis_rest)
-            inner.add_(correction[w.inner(1)], alpha=CORRECTION_UNIT)
+            inner.add_(correction[0].permute(1, 2, 0), alpha=CORRECTION_UNIT)
         return y
 
     def hyper_analyse(self, y: Tensor) -> Tensor:
@@ -254,11 +255,10 @@ class Networks:
         pixels = torch.empty((height, width, 3), dtype=torch.uint8, device=self.device)
         for w in windows(rows, columns, size=self._window, halo=self.config.synthesis_radius):
             outer = y_hat[w.outer_top : w.outer_bottom, w.outer_left : w.outer_right]
-            correction = self.model.g_s.correction(outer.permute(2, 0, 1)[None], quality)
-            inner = correction[(0, slice(None), *w.inner(STRIDE // 4))].permute(1, 2, 0)
+            correction = self.model.g_s.correction(outer.permute(2, 0, 1)[None], quality, w.margins)
             self._finish(
                 y_hat[w.top : w.bottom, w.left : w.right],
-                inner,
+                correction[0].permute(1, 2, 0),
                 pixels[w.top * STRIDE : w.bottom * STRIDE, w.left * STRIDE : w.right * STRIDE],
             )
         return pixels

@@ -16,10 +16,10 @@ et al., "Joint autoregressive and hierarchical priors", NeurIPS 2018 (mean and c
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import NUM_SCALES, SCALE_MAX, SCALE_MIN, ModelConfig
+from .convolution import convolve_relu
 from .transforms import QualityTable, signed_log
 
 
@@ -37,11 +37,11 @@ class HyperAnalysis(nn.Module):
 
     def pointwise(self, y: Tensor) -> Tensor:
         """What looks at one position at a time: (N, latent, h, w) -> (N, 128, h, w)."""
-        return F.relu(self.reduce(signed_log(y).to(self.reduce.weight.dtype)))
+        return convolve_relu(signed_log(y).to(self.reduce.weight.dtype), self.reduce)
 
     def downsample(self, hidden: Tensor) -> Tensor:
         """The rest: (N, 128, h, w) -> (N, hyper, h/4, w/4)."""
-        hidden = F.relu(self.down1(hidden))
+        hidden = convolve_relu(hidden, self.down1)
         z: Tensor = self.down2(hidden).float()
         return z
 

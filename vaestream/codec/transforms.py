@@ -22,6 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .convolution import convolve_add, convolve_relu
+from .windows import NO_MARGINS, Margins
+
 STRIDE = 16
 """Pixels a latent position spans in each direction."""
 
@@ -86,10 +89,8 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.expand.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.relu(self.reduce(x), inplace=True)
-        hidden = F.relu(self.mix(hidden), inplace=True)
-        out: Tensor = self.expand(hidden)
-        return out.add_(x)
+        hidden = convolve_relu(convolve_relu(x, self.reduce), self.mix)
+        return convolve_add(hidden, self.expand, x)
 
 
 def dct_basis(latent_channels: int) -> Tensor:
@@ -152,17 +153,17 @@ class Analysis(nn.Module):
             return y
         return torch.add(y, self.correction(quarter, quality), alpha=CORRECTION_UNIT)
 
-    def correction(self, quarter: Tensor, quality: Tensor) -> Tensor:
-        """The network's path, (N, latent, H/16, W/16) in units of CORRECTION_UNIT.
+    def correction(self, quarter: Tensor, quality: Tensor, margins: Margins = NO_MARGINS) -> Tensor:
+        """The network's path, (N, latent, h, w) in units of CORRECTION_UNIT, without margins.
 
-        quarter: pixels minus 128, gathered 4x4, (N, 48, H/4, W/4).
+        quarter: pixels minus 128, gathered 4x4, (N, 48, H/4, W/4), the margins included.
         """
         hidden = self.stem(quarter.to(self.stem.weight.dtype) * (1 / 64))
         hidden = F.relu(hidden.add_(self.condition(quality).to(hidden.dtype)), inplace=True)
         hidden = self.blocks8(hidden)
         hidden = self.blocks16(self.down(hidden))
         correction: Tensor = self.project(hidden)
-        return correction
+        return margins.crop(correction)[0]
 
 
 class Synthesis(nn.Module):
@@ -192,15 +193,20 @@ class Synthesis(nn.Module):
             linear = torch.add(linear, correction, alpha=CORRECTION_UNIT)
         return depth_to_space(linear, 4)
 
-    def correction(self, y_hat: Tensor, quality: Tensor) -> Tensor:
-        """The network's path, (N, 48, H/4, W/4), in units of CORRECTION_UNIT levels."""
+    def correction(self, y_hat: Tensor, quality: Tensor, margins: Margins = NO_MARGINS) -> Tensor:
+        """The network's path, (N, 48, 4h, 4w), in units of CORRECTION_UNIT levels, without margins.
+
+        y_hat: as for `forward`, the margins included.
+        """
         hidden = self.project(y_hat.to(self.project.weight.dtype) * (1 / 64))
         hidden = F.relu(hidden.add_(self.condition(quality).to(hidden.dtype)), inplace=True)
-        hidden = self.up(self.blocks16(hidden))
-        hidden = self.blocks8(depth_to_space(hidden, 2))
-        hidden = F.relu(depth_to_space(self.expand(hidden), 2), inplace=True)
-        correction: Tensor = self.head(hidden)
-        return correction
+        # What is copied anyway costs nothing to crop.
+        seen = -(-(len(self.blocks8) + 1) // 2)  # by the blocks and the head
+        hidden, margins = margins.crop(self.blocks16(hidden), keep=seen)
+        hidden, margins = depth_to_space(self.up(hidden), 2), margins.scaled(2)
+        hidden, margins = margins.crop(convolve_relu(self.blocks8(hidden), self.expand), keep=1)
+        correction: Tensor = self.head(depth_to_space(hidden, 2))
+        return margins.scaled(2).crop(correction)[0]
 
 
 def receptive_radius(blocks8: int, blocks16: int) -> int:

@@ -1,8 +1,39 @@
 """Windows over a grid of latents, so that memory does not grow with the photo."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import pairwise
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Margins:
+    """How many samples at each edge are there only to be seen by what lies within."""
+
+    top: int = 0
+    left: int = 0
+    bottom: int = 0
+    right: int = 0
+
+    def scaled(self, factor: int) -> "Margins":
+        """The same, where a sample has become so many in each direction."""
+        return Margins(*(factor * m for m in astuple(self)))
+
+    def crop(self, x: Tensor, keep: int = 0) -> tuple[Tensor, "Margins"]:
+        """x (N, C, H, W) with at most `keep` samples of each margin, and what they are then."""
+        kept = Margins(*(min(m, keep) for m in astuple(self)))
+        height, width = x.shape[2:]
+        inner = x[
+            :,
+            :,
+            self.top - kept.top : height - self.bottom + kept.bottom,
+            self.left - kept.left : width - self.right + kept.right,
+        ]
+        return inner, kept
+
+
+NO_MARGINS = Margins()
 
 
 @dataclass(frozen=True)
@@ -18,11 +49,14 @@ class Window:
     outer_bottom: int
     outer_right: int
 
-    def inner(self, unit: int) -> tuple[slice, slice]:
-        """Where the window lies inside its outer rectangle, for `unit` samples a latent."""
-        return (
-            slice((self.top - self.outer_top) * unit, (self.bottom - self.outer_top) * unit),
-            slice((self.left - self.outer_left) * unit, (self.right - self.outer_left) * unit),
+    @property
+    def margins(self) -> Margins:
+        """What the outer rectangle has more."""
+        return Margins(
+            self.top - self.outer_top,
+            self.left - self.outer_left,
+            self.outer_bottom - self.bottom,
+            self.outer_right - self.right,
         )
 
 

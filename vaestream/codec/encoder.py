@@ -172,8 +172,10 @@ class Encoder:
             mean, index = means.predict(number, p), scales.predict(number, p)
             residual = y[..., p.start : p.stop] - mean
             magnitude = residual.abs()
-            offset = self._rounding[index.int().add_(magnitude >= 1, alpha=NUM_SCALES)]
-            magnitude.add_(offset).floor_()
+            row = index.int().add_(magnitude >= 1, alpha=NUM_SCALES)
+            # Several times as fast as indexing.
+            offset = self._rounding.index_select(0, row.flatten())
+            magnitude.add_(offset.view_as(magnitude)).floor_()
             symbols = torch.copysign(magnitude, residual)
             mask = scales.mask(p)
             flat_symbols, flat_index = _coded(symbols, mask), _coded(index, mask)

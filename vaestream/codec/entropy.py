@@ -63,6 +63,13 @@ class Table:
         found[: radius + 1] = ((inside + inside[::-1]) / 2)[radius:]
         return found.astype(np.float32)
 
+    def symbols(self, categories: NDArray[np.int32], out: NDArray[np.int32]) -> None:
+        """Write the symbols that categories stand for into `out`; for an escape the one beyond the
+        last."""
+        if self.step > 1:
+            categories = categories * self.step
+        np.add(categories, self.low, out=out)
+
     def of_parity(self, odd: bool) -> "Table":
         """The same, of its odd or even symbols alone."""
         first = (self.low + odd) % 2
@@ -101,12 +108,10 @@ class TableSet:
         categories[outside] = escapes[outside]
         return categories, outside
 
-    def symbols(
-        self, categories: NDArray[np.int32], ends: Sequence[int]
-    ) -> tuple[NDArray[np.int32], NDArray[np.intp]]:
-        """Of categories in groups, and where escapes stand, whose symbols are yet to be put in."""
-        low, escapes = self._spread(ends)
-        return (categories << self._shift) + low, np.flatnonzero(categories == escapes)
+    def escapes(self, symbols: NDArray[np.int32], ends: Sequence[int]) -> NDArray[np.intp]:
+        """Where escapes stand among what `Table.symbols` gives, in groups."""
+        beyond = self._low + (self._escape << self._shift)
+        return np.flatnonzero(symbols == np.repeat(beyond, np.diff(ends)))
 
     def _spread(self, ends: Sequence[int]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Each symbol's `low` and `escape`: numpy's calls cost more than its work on small
@@ -166,11 +171,11 @@ class GroupDecoder:
 
     def take(self, tables: TableSet, ends: Sequence[int]) -> NDArray[np.int32]:
         """The next groups, laid out as `GroupEncoder.add` was given them: (ends[-1],) int32."""
-        categories = np.empty(ends[-1], np.int32)
+        symbols = np.empty(ends[-1], np.int32)
         for table, start, end in zip(tables.tables, ends[:-1], ends[1:], strict=True):
             if end > start:
-                categories[start:end] = self._coder.decode(table.model, end - start)
-        symbols, escapes = tables.symbols(categories, ends)
+                table.symbols(self._coder.decode(table.model, end - start), symbols[start:end])
+        escapes = tables.escapes(symbols, ends)
         if len(escapes):
             values = self._escapes[self._used : self._used + len(escapes)]
             if len(values) < len(escapes):

@@ -57,6 +57,13 @@ def in_groups(ordered: NDArray[_Entry]) -> NDArray[_Entry]:
     return ordered[len(ordered) % GROUP :].reshape(-1, GROUP)
 
 
+def checks_among(first: NDArray[np.intp], count: int) -> NDArray[np.intp]:
+    """How many checks are among the first few of `count` symbols on the lattice, in the order of
+    their tables."""
+    whole, rest = np.divmod(np.maximum(0, first - count % GROUP), GROUP)
+    return whole * len(CHECKS) + np.searchsorted(CHECKS, rest)
+
+
 def groups(index: NDArray[np.uint8], first: int) -> NDArray[np.intp]:
     """(n, 32): the groups of a pass, given the table index of each of its symbols: where they
     stand.

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from vaestream.errors import BitstreamError
 
 from .entropy import GroupDecoder, GroupEncoder, Table, TableSet
-from .lattice import CHECKS, check_parities, in_groups
+from .lattice import CHECKS, check_parities, checks_among, in_groups
 
 
 def encode_z(z_hat: NDArray[np.int32], tables: list[Table]) -> bytes:
@@ -64,8 +64,9 @@ class SymbolCoding:
         coded = np.ones(len(order), np.bool_)
         coded[: ends[skip]] = False
         in_groups(coded[start:])[:, CHECKS] = False
-        # What is left before each of the ends.
-        left = np.append(0, np.cumsum(coded))[ends]
+        on_lattice = np.maximum(0, np.array(ends) - start)
+        left = ends - checks_among(on_lattice, len(order) - start)
+        left = np.maximum(0, left - left[skip])
         return Layout(in_groups(order[start:]), order[coded], left.tolist())
 
     def checks(
@@ -145,5 +146,5 @@ def _by_table(
     chosen = np.flatnonzero(index >= first)
     used = index[chosen]
     order = np.argsort(used, kind="stable")  # a radix sort, for bytes
-    ends = np.searchsorted(used[order], np.arange(tables + 1))
-    return chosen[order], ends.tolist()
+    ends = np.cumsum(np.bincount(used, minlength=tables))
+    return chosen[order], [0, *ends.tolist()]

@@ -65,7 +65,8 @@ def test_the_callers_random_numbers_are_left_alone() -> None:
     torch.manual_seed(3)
     with torch.no_grad():
         double = nn.utils.skip_init(nn.Conv2d, 4, 4, 1, dtype=torch.float64)  # type: ignore[no-untyped-call]
-        nn.init.ones_(double.weight), nn.init.ones_(double.bias)
+        for parameter in double.parameters():
+            nn.init.ones_(parameter)
         x = torch.ones(1, 4, 5, 5, dtype=torch.float64).contiguous(
             memory_format=torch.channels_last
         )

@@ -119,7 +119,7 @@ def _estimate(args: argparse.Namespace) -> int:
     from vaestream.pipeline.estimate import estimate
     from vaestream.pipeline.prepare import prepare
 
-    _check_device(args.device)
+    _ready_for_codec(args.device)
     settings = Settings.of(
         quality=args.quality,
         target_bpp=args.target_bpp,
@@ -208,7 +208,7 @@ def extract(args: argparse.Namespace) -> int:
     """`vaestream extract`."""
     from vaestream.pipeline.extract import extract
 
-    _check_device(args.device)
+    _ready_for_codec(args.device)
     result = extract(
         _open(args),
         args.destination,
@@ -254,7 +254,7 @@ def verify(args: argparse.Namespace) -> int:
 def _prove(args: argparse.Namespace) -> int:
     from vaestream.pipeline.proof import prove
 
-    _check_device(args.device)
+    _ready_for_codec(args.device)
     live = sys.stderr.isatty()
     proof = prove(
         _open(args),
@@ -312,7 +312,7 @@ def evaluate(args: argparse.Namespace) -> int:
     from vaestream.training.classical import available
     from vaestream.training.evaluate import evaluate, plot
 
-    _check_device(args.device)
+    _ready_for_codec(args.device)
     compare = args.compare is not None
     for module in ["scipy"] * compare + ["matplotlib"] * (args.plot is not None):
         if importlib.util.find_spec(module) is None:
@@ -602,6 +602,14 @@ def _check_device(device: str) -> None:
 
     if device == "cuda" and not torch.cuda.is_available():
         raise VaestreamError("device cuda: there is no GPU here that torch can use")
+
+
+def _ready_for_codec(device: str) -> None:
+    """For commands that encode or decode photo after photo in this process."""
+    from vaestream.pipeline.allocator import keep_freed_memory
+
+    _check_device(device)
+    keep_freed_memory()
 
 
 def _open(args: argparse.Namespace) -> "Archive":

@@ -1,4 +1,4 @@
-"""What a worker asks of the C library's memory allocator."""
+"""What a process that codes photo after photo asks of the C library's memory allocator."""
 
 import ctypes
 import sys

@@ -158,7 +158,7 @@ class Analysis(nn.Module):
 
         quarter: pixels minus 128, gathered 4x4, (N, 48, H/4, W/4), the margins included.
         """
-        hidden = self.stem(quarter.to(self.stem.weight.dtype) * (1 / 64))
+        hidden = _convolve_64ths(quarter, self.stem)
         hidden = F.relu(hidden.add_(self.condition(quality).to(hidden.dtype)), inplace=True)
         hidden = self.blocks8(hidden)
         hidden = self.blocks16(self.down(hidden))
@@ -198,7 +198,7 @@ class Synthesis(nn.Module):
 
         y_hat: as for `forward`, the margins included.
         """
-        hidden = self.project(y_hat.to(self.project.weight.dtype) * (1 / 64))
+        hidden = _convolve_64ths(y_hat, self.project)
         hidden = F.relu(hidden.add_(self.condition(quality).to(hidden.dtype)), inplace=True)
         # What is copied anyway costs nothing to crop.
         seen = -(-(len(self.blocks8) + 1) // 2)  # by the blocks and the head
@@ -213,6 +213,13 @@ def receptive_radius(blocks8: int, blocks16: int) -> int:
     """Latents beyond its own position that a value of g_a or g_s may depend on, rounded up."""
     pixels = 8 * blocks8 + STRIDE * blocks16 + 8
     return -(-pixels // STRIDE)
+
+
+def _convolve_64ths(x: Tensor, layer: nn.Conv2d) -> Tensor:
+    """The layer over x / 64, in its dtype. A power of two divides the weights as exactly as x,
+    which is larger."""
+    weight = layer.weight
+    return F.conv2d(x.to(weight.dtype), weight / 64, layer.bias, layer.stride, layer.padding)
 
 
 def _pointwise(x: Tensor, weight: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def in_groups(ordered: NDArray[_Entry]) -> NDArray[_Entry]:
 
 def checks_among(first: NDArray[np.intp], count: int) -> NDArray[np.intp]:
     """How many checks are among the first few of `count` symbols on the lattice, in the order of
-    their tables."""
+    their tables; none among the first 0 and fewer."""
     whole, rest = np.divmod(np.maximum(0, first - count % GROUP), GROUP)
     return whole * len(CHECKS) + np.searchsorted(CHECKS, rest)
 

@@ -64,8 +64,7 @@ class SymbolCoding:
         coded = np.ones(len(order), np.bool_)
         coded[: ends[skip]] = False
         in_groups(coded[start:])[:, CHECKS] = False
-        on_lattice = np.maximum(0, np.array(ends) - start)
-        left = ends - checks_among(on_lattice, len(order) - start)
+        left = ends - checks_among(np.array(ends) - start, len(order) - start)
         left = np.maximum(0, left - left[skip])
         return Layout(in_groups(order[start:]), order[coded], left.tolist())
 

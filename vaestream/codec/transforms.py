@@ -201,7 +201,7 @@ class Synthesis(nn.Module):
         hidden = _convolve_64ths(y_hat, self.project)
         hidden = F.relu(hidden.add_(self.condition(quality).to(hidden.dtype)), inplace=True)
         # What is copied anyway costs nothing to crop.
-        seen = -(-(len(self.blocks8) + 1) // 2)  # by the blocks and the head
+        seen = receptive_radius(len(self.blocks8), 0)
         hidden, margins = margins.crop(self.blocks16(hidden), keep=seen)
         hidden, margins = depth_to_space(self.up(hidden), 2), margins.scaled(2)
         hidden, margins = margins.crop(convolve_relu(self.blocks8(hidden), self.expand), keep=1)

@@ -111,6 +111,8 @@ def codec() -> "Codec":
         scale_context_width=8,
         mean_context_hidden=8,
         lattice_from=10,
+        filter_width=8,
+        filter_blocks=1,
     )
     model = lively(Hyperprior(config))
     return Codec(export_weights(model), torch.device("cpu"), torch.float32)

@@ -8,7 +8,8 @@ from vaestream.codec.scale_branch import ScaleContext
 
 
 def lively(model: Hyperprior) -> Hyperprior:
-    """The model, with contexts that have a say, as in a trained one; they begin without."""
+    """The model, with contexts that have a say, and a post-filter, as in a trained one;
+    they begin without."""
     generator = torch.Generator().manual_seed(3)
 
     def stir(weight: torch.Tensor, size: float) -> None:
@@ -21,4 +22,6 @@ def lively(model: Hyperprior) -> Hyperprior:
             if isinstance(context, MeanContext) and context.steered:
                 stir(context.gate.weight, 0.2)
                 stir(context.offset.weight, 0.1)
+        if model.post_filter is not None:
+            stir(model.post_filter.last.weight, 0.05)
     return model

@@ -255,6 +255,21 @@ def test_windows_agree_with_the_whole(codec: Codec) -> None:
     )
 
 
+def test_windows_give_what_training_sees(codec: Codec) -> None:
+    """Cut into windows and strips, in its own layouts, the synthesis gives what the model does."""
+    networks = Codec(codec.weights, codec.device, codec.dtype, window_pixels=160).networks
+    generator = torch.Generator().manual_seed(6)
+    y_hat = torch.randn((26, 21, networks.config.latent), generator=generator) * 20
+    quality = networks.quality(60.0)
+    with torch.no_grad():
+        found = networks.synthesise(y_hat, quality, 410, 330)
+        whole = networks.model.synthesise(y_hat.permute(2, 0, 1)[None], quality)[0]
+        unfiltered = networks.model.g_s(y_hat.permute(2, 0, 1)[None], quality)[0]
+    expected = (whole.permute(1, 2, 0)[:410, :330] + 128.5).clamp(0, 255).to(torch.uint8)
+    assert (found.int() - expected.int()).abs().max() <= 1
+    assert (whole - unfiltered).abs().mean() > 0.1  # the post-filter has a say
+
+
 def test_any_settings_decode_what_others_encoded(codec: Codec) -> None:
     """Other precision, thread count and torch flags of the user's: not one symbol is wrong."""
     image = photo_like(300, 200)
@@ -299,7 +314,9 @@ def test_either_arithmetic_reads_what_the_other_wrote(codec: Codec) -> None:
             assert torch.equal(*latents)
 
 
-@pytest.mark.parametrize("model", ["hyperprior", "context", "steps", "steered", "lattice"])
+@pytest.mark.parametrize(
+    "model", ["hyperprior", "context", "steps", "steered", "lattice", "filter"]
+)
 def test_golden_bitstreams_still_decode(model: str) -> None:
     """Written once with tiny models; every later release must read them the same."""
     folder = GOLDEN / model

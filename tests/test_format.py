@@ -14,7 +14,7 @@ from vaestream.codec.config import ModelConfig
 from vaestream.codec.weights_file import export_weights, import_weights
 
 
-@pytest.mark.parametrize("name", ["steps", "steered", "lattice"])
+@pytest.mark.parametrize("name", ["steps", "steered", "lattice", "filter"])
 def test_means_follow_from_the_tensors_of_the_file(name: str) -> None:
     """Step 2 of "From symbols to pixels"."""
     file = GOLDEN / name / "tiny.safetensors"
@@ -69,6 +69,41 @@ def test_means_follow_from_the_tensors_of_the_file(name: str) -> None:
         found = prior.y_hat(config.latent).permute(0, 3, 1, 2)
     assert torch.allclose(found, symbols + means, atol=1e-3)
     assert (means - plain).abs().max() > 0.5  # the contexts have a say
+
+
+def test_the_post_filter_follows_from_the_tensors_of_the_file() -> None:
+    """Step 5 of "From symbols to pixels"."""
+    file = GOLDEN / "filter" / "tiny.safetensors"
+    with safe_open(file, "pt") as tensors:
+        held = {key: tensors.get_tensor(key).float() for key in tensors.keys()}  # noqa: SIM118
+
+    def layer(path: str, x: Tensor) -> Tensor:
+        weight, bias = (held[f"post_filter.{path}.{kind}"] for kind in ("weight", "bias"))
+        return F.conv2d(x, weight, bias, padding=1)
+
+    def s2d(x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        parts = x.view(n, c, h // 2, 2, w // 2, 2).permute(0, 3, 5, 1, 2, 4)
+        return parts.reshape(n, 4 * c, h // 2, w // 2)
+
+    generator = torch.Generator().manual_seed(5)
+    picture = torch.randn((1, 3, 32, 48), generator=generator) * 20
+    unit = 8.84 * (1.576 / 8.84) ** 0.4
+    smooth = F.avg_pool2d(picture, 2)
+    existing = F.avg_pool2d(torch.ones_like(smooth), 3, 1, 1)
+    around = F.avg_pool2d(smooth, 3, 1, 1) / existing
+    condition = held["post_filter.condition.nodes"][4][None, :, None, None]
+    detail = (s2d(picture) - around.repeat(1, 4, 1, 1)) / unit
+    hidden = F.relu(layer("first", detail) + condition)
+    hidden = hidden + layer("blocks.0.two", F.relu(layer("blocks.0.one", hidden)))
+    expected = s2d(picture) + unit * layer("last", hidden)
+
+    post_filter = import_weights(file.read_bytes()).model.post_filter
+    assert post_filter is not None
+    with torch.no_grad():
+        found = s2d(post_filter(picture, torch.tensor([40.0])).contiguous())
+    assert torch.allclose(found, expected, atol=1e-3)
+    assert (expected - s2d(picture)).abs().max() > 1  # it has a say
 
 
 def test_weights_survive_the_file() -> None:

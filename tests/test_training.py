@@ -184,7 +184,13 @@ LARGER = replace(
 
 
 @pytest.mark.parametrize(
-    "config", [LARGER, replace(CONFIG, mean_context_hidden=8), replace(CONFIG, analysis_blocks8=3)]
+    "config",
+    [
+        LARGER,
+        replace(CONFIG, mean_context_hidden=8),
+        replace(CONFIG, analysis_blocks8=3),
+        replace(CONFIG, filter_width=8, filter_blocks=1),
+    ],
 )
 def test_grown_networks_code_the_same_symbols(config: ModelConfig) -> None:
     model = lively(Hyperprior(CONFIG)).requires_grad_(False)

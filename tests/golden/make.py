@@ -26,15 +26,19 @@ from test_codec import GOLDEN, photo_like
 torch.manual_seed(1)
 folder = GOLDEN / sys.argv[1]
 folder.mkdir()
-model = Hyperprior(ModelConfig(16, 4, 8, 8, 1, 1, 1, 1, 4, 4, (2, 5, 9), 4, 4, (3, 2, 1), 6, 4))
+model = Hyperprior(
+    ModelConfig(16, 4, 8, 8, 1, 1, 1, 1, 4, 4, (2, 5, 9), 4, 4, (3, 2, 1), 6, 4, 8, 1)
+)
 with torch.no_grad():  # so that every path contributes, as in a trained model, and more strongly
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.02)
     model.h_a.down2.weight.mul_(8)  # hyper-latents that need their tables, and escapes
     assert model.h_s_scale.project.bias is not None
     model.h_s_scale.project.bias.copy_(torch.linspace(7, -1, 16))  # indices low and high
-    for table in (model.g_s.condition, model.h_s_mean.condition):
+    assert model.post_filter is not None
+    for table in (model.g_s.condition, model.h_s_mean.condition, model.post_filter.condition):
         table.nodes.add_(torch.randn_like(table.nodes))
+    model.post_filter.last.weight.mul_(4)
     for context in (*model.h_s_mean.context.values(), *model.h_s_scale.context.values()):
         assert isinstance(context, MeanContext | ScaleContext)
         context.out.weight.add_(torch.randn_like(context.out.weight) * 0.2)

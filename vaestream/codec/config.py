@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .post_filter import filter_radius
 from .transforms import receptive_radius
 
 NUM_SCALES = 64
@@ -99,6 +100,7 @@ class ModelConfig:
     mean_context_hidden: width of what steers the mean's contexts; 0: they are linear.
     lattice_from: the first table index whose symbols are on a lattice (`vaestream.codec.lattice`);
         `NUM_SCALES`: none are.
+    filter_width, filter_blocks: shape of the post-filter; width 0: there is none.
     """
 
     latent: int = 320
@@ -117,6 +119,8 @@ class ModelConfig:
     steps: tuple[int, ...] = ()
     mean_context_hidden: int = 0
     lattice_from: int = NUM_SCALES
+    filter_width: int = 0
+    filter_blocks: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", tuple(self.groups))  # JSON has lists alone
@@ -153,11 +157,23 @@ class ModelConfig:
 
     @property
     def synthesis_radius(self) -> int:
-        """Halo, in latents, that a window needs for g_s to give the values of the whole."""
-        return receptive_radius(self.synthesis_blocks8, self.synthesis_blocks16)
+        """Halo, in latents, that a window needs for g_s and the post-filter to give the values of
+        the whole."""
+        radius = receptive_radius(self.synthesis_blocks8, self.synthesis_blocks16)
+        return radius + self.filter_radius
+
+    @property
+    def filter_radius(self) -> int:
+        """How much of that halo the post-filter needs."""
+        return filter_radius(self.filter_blocks) if self.filter_width else 0
 
 
 STANDARD = ModelConfig(
-    groups=(16, 48, 64, 192), steps=(3, 2, 2, 1), mean_context_hidden=96, lattice_from=10
+    groups=(16, 48, 64, 192),
+    steps=(3, 2, 2, 1),
+    mean_context_hidden=96,
+    lattice_from=10,
+    filter_width=16,
+    filter_blocks=1,
 )
 """What `vaestream train` trains from nothing."""

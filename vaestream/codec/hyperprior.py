@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .config import Z_LIMIT, ModelConfig, quality_to_lambda
 from .mean_branch import MeanBranch
+from .post_filter import PostFilter
 from .priors import HyperAnalysis, HyperPrior, gaussian_bits, scale_of_index
 from .rounding import round_ste
 from .scale_branch import ScaleBranch
@@ -55,6 +56,7 @@ class Hyperprior(nn.Module):
         self.h_s_scale = ScaleBranch(config)
         self.z_prior = HyperPrior(config.hyper)
         self.log_gain = QualityTable(config.latent)
+        self.post_filter = PostFilter(c.filter_width, c.filter_blocks) if c.filter_width else None
         with torch.no_grad():
             # The step that minimises rate + lambda * distortion for a uniform quantiser at high
             # rate: step**2 = 26 / lambda, for a third of the samples' error each.
@@ -92,8 +94,16 @@ class Hyperprior(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             features = self.features(z_hat, quality)
         y_hat, y_bits = self.relaxed_code(y.float(), features, relax or noise_and_rounding)
-        x_hat = self.g_s(y_hat / gain, quality, linear_only=linear_only)
+        x_hat = self.synthesise(y_hat / gain, quality, linear_only=linear_only)
         return TrainingOutput(x_hat, y_bits, z_bits.flatten(1).sum(1))
+
+    def synthesise(self, y_hat: Tensor, quality: Tensor, *, linear_only: bool = False) -> Tensor:
+        """y_hat (N, latent, h, w), the gain removed -> x_hat (N, 3, 16h, 16w), pixels minus 128."""
+        x_hat: Tensor = self.g_s(y_hat, quality, linear_only=linear_only)
+        if self.post_filter is None or linear_only:
+            return x_hat
+        filtered: Tensor = self.post_filter(x_hat, quality)
+        return filtered
 
     def features(self, z_hat: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
         """What z says of y, for the mean and for the scale: `features` of the two branches."""

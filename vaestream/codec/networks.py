@@ -5,7 +5,7 @@ its bitstream and its pixels cannot depend on which photos come with it (library
 give the same last bits for different batch sizes).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -15,15 +15,17 @@ from torch import Tensor
 from .bitstream import Rectangle
 from .config import HYPER_STRIDE, Z_LIMIT, CodingPass, Cosets
 from .exact import ExactScaleBranch, magnitudes
+from .post_filter import GROUP
 from .transforms import CORRECTION_UNIT, STRIDE, depth_to_space, space_to_depth
 from .weights_file import Weights
-from .windows import windows
+from .windows import Margins, windows
 
 _LATENTS_PER_Z = HYPER_STRIDE // STRIDE
 _Z_HALO = 2  # how far, in z, the features of a latent reach
 _STRIP = 64  # rows of latents
 _PRECISE = 64  # latent channels whose values 8 bits cannot hold, in linear paths and contexts
-_FINISH_POSITIONS = 512
+_STRIP_POSITIONS = 512  # latents
+_FILTER_ROWS = 128  # of groups
 
 
 class SideInformation:
@@ -171,8 +173,8 @@ class Networks:
         self._window = window
         # The mean branch, but for what steers it, and the quality tables stay in float32, and of
         # the linear paths the channels with large values.
-        for part in (self.model.g_a, self.model.g_s, self.model.h_a):
-            for module in part.modules():
+        for part in (self.model.g_a, self.model.g_s, self.model.post_filter, self.model.h_a):
+            for module in part.modules() if part is not None else ():
                 if isinstance(module, torch.nn.Conv2d):
                     module.to(dtype)
         self._dtype = dtype
@@ -255,12 +257,17 @@ class Networks:
         pixels = torch.empty((height, width, 3), dtype=torch.uint8, device=self.device)
         for w in windows(rows, columns, size=self._window, halo=self.config.synthesis_radius):
             outer = y_hat[w.outer_top : w.outer_bottom, w.outer_left : w.outer_right]
-            correction = self.model.g_s.correction(outer.permute(2, 0, 1)[None], quality, w.margins)
-            self._finish(
-                y_hat[w.top : w.bottom, w.left : w.right],
-                correction[0].permute(1, 2, 0),
-                pixels[w.top * STRIDE : w.bottom * STRIDE, w.left * STRIDE : w.right * STRIDE],
-            )
+            outer = outer.permute(2, 0, 1)[None]
+            seen, unseen = w.margins.split(self.config.filter_radius)
+            correction = self.model.g_s.correction(outer, quality, unseen)
+            inner, _ = unseen.crop(outer)
+            levels = self._levels(inner[0].permute(1, 2, 0), correction[0].permute(1, 2, 0))
+            target = pixels[w.top * STRIDE : w.bottom * STRIDE, w.left * STRIDE : w.right * STRIDE]
+            if self.model.post_filter is None:
+                for top, strip in levels:
+                    _write(_as_pixels(strip.clamp_(0, 255).to(torch.uint8)), target, top * STRIDE)
+            else:
+                self._filter(levels, quality, seen, target)
         return pixels
 
     def synthesise_reduced(self, y_hat: Tensor, shrink: int) -> Tensor:
@@ -282,14 +289,16 @@ class Networks:
             strips.append(places.transpose(1, 2).reshape(len(strip) * side, columns * side, 3))
         return torch.cat(strips)
 
-    def _finish(self, y_hat: Tensor, correction: Tensor, target: Tensor) -> None:
-        """Linear path plus correction, (4h, 4w, 48), into target, uint8 up to (16h, 16w, 3).
+    def _levels(self, y_hat: Tensor, correction: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Linear path plus correction, (4h, 4w, 48), in strips that stay in a cache: whole, this
+        would move more memory than the convolutions.
 
-        In strips that stay in a cache: whole, this would move more memory than the convolutions.
+        Gives the first row of latents of each, and its levels + 0.5, so that cutting off rounds
+        them: (rows, 4, w, 4, 48) float32, where 48 is (dy, dx, colour) in a place of 4x4 pixels.
         """
         height, width, latent = y_hat.shape
-        offset = torch.full((768,), 128.5, device=y_hat.device)  # rounds, once truncated
-        step = max(1, _FINISH_POSITIONS // width)
+        offset = torch.full((768,), 128.5, device=y_hat.device)
+        step = max(1, _STRIP_POSITIONS // width)
         for top in range(0, height, step):
             strip = y_hat[top : top + step]
             rows = strip.shape[0]
@@ -298,16 +307,52 @@ class Networks:
             if rest.shape[1]:
                 levels.add_(F.linear(rest.to(self._linear_rest.dtype), self._linear_rest))
             # (row, column, dy of 4, dx of 4, 48): every latent's 4x4 places of the correction
-            levels = levels.view(rows, width, 4, 4, 48)
+            levels = levels.view(rows, width, 4, 4, 48).transpose(1, 2)
             part = correction[4 * top : 4 * (top + rows)].reshape(rows, 4, width, 4, 48)
-            levels.add_(part.transpose(1, 2), alpha=CORRECTION_UNIT).clamp_(0, 255)
-            # 48 is (dy, dx, colour) within such a place
-            places = levels.to(torch.uint8).view(rows, width, 4, 4, 4, 4, 3)
-            part_pixels = places.permute(0, 2, 4, 1, 3, 5, 6).reshape(
-                rows * STRIDE, width * STRIDE, 3
-            )
-            wanted = target[top * STRIDE : (top + rows) * STRIDE]
-            wanted.copy_(part_pixels[: wanted.shape[0], : wanted.shape[1]])
+            yield top, levels.add_(part, alpha=CORRECTION_UNIT)
+
+    def _filter(
+        self, levels: Iterator[tuple[int, Tensor]], quality: Tensor, seen: Margins, target: Tensor
+    ) -> None:
+        """What `_levels` gives, through the post-filter and without margins (in latents), into
+        target, (H, W, 3) uint8."""
+        assert self.model.post_filter is not None
+        groups = torch.cat([_as_groups(strip) for _, strip in levels])
+        per_latent = STRIDE // GROUP
+        halo = per_latent * self.config.filter_radius
+        seen = seen.scaled(per_latent)
+        bottom = groups.shape[0] - seen.bottom
+        for top in range(seen.top, bottom, _FILTER_ROWS):
+            end = min(top + _FILTER_ROWS, bottom)
+            first = max(0, top - halo)
+            outer = groups[first : end + halo].permute(2, 0, 1)[None]
+            filtered = self.model.post_filter.grouped(outer, quality)[0].permute(1, 2, 0)
+            inner = filtered[top - first : end - first, seen.left : groups.shape[1] - seen.right]
+            height, width, _ = inner.shape
+            places = inner.clamp(0, 255).to(torch.uint8).view(height, width, GROUP, GROUP, 3)
+            rows = places.transpose(1, 2).reshape(height * GROUP, width * GROUP, 3)
+            _write(rows, target, (top - seen.top) * GROUP)
+
+
+def _as_pixels(levels: Tensor) -> Tensor:
+    """(rows, 4, w, 4, 48) -> (16 rows, 16 w, 3)."""
+    rows, _, width, _, _ = levels.shape
+    places = levels.view(rows, 4, width, 4, 4, 4, 3).permute(0, 1, 4, 2, 3, 5, 6)
+    return places.reshape(rows * STRIDE, width * STRIDE, 3)
+
+
+def _as_groups(levels: Tensor) -> Tensor:
+    """(rows, 4, w, 4, 48) -> (8 rows, 8 w, 12): groups of 2x2 pixels, as the post-filter takes
+    them."""
+    rows, _, width, _, _ = levels.shape
+    places = levels.view(rows, 4, width, 4, 2, 2, 2, 2, 3).permute(0, 1, 4, 2, 3, 6, 5, 7, 8)
+    return places.reshape(rows * 8, width * 8, 12)
+
+
+def _write(rows: Tensor, target: Tensor, top: int) -> None:
+    """Put rows of pixels where they belong, those that the target has."""
+    wanted = target[top : top + rows.shape[0]]
+    wanted.copy_(rows[: wanted.shape[0], : wanted.shape[1]])
 
 
 def _repeat_edges(x: Tensor, height: int, width: int) -> Tensor:

@@ -137,7 +137,7 @@ class _Block:
         top, left = self._at
         whole = self._around.clone()
         whole[:, :, top : top + height, left : left + width] = block
-        decoded = self._model.g_s(whole / self._gain, self._quality)
+        decoded = self._model.synthesise(whole / self._gain, self._quality)
         target = self._picture
         error = (decoded[:, :, : target.shape[2], : target.shape[3]] - target).square().sum()
         # lambda is per MSE of the three samples of a pixel together.

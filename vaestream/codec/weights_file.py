@@ -29,10 +29,11 @@ from .scale_branch import SCALE_WEIGHT_BITS, integer_weight
 from .transforms import QUALITY_NODES
 
 _FORMAT = "vaestream-weights"
-_VERSION = "5"
-# 1 had no contexts, 2 no choice of the steps, 3 none steered, 4 no lattice.
-_READABLE = ("1", "2", "3", "4", "5")
-_BFLOAT16_PARTS = ("g_a.", "g_s.", "h_a.")
+_VERSION = "6"
+# 1 had no contexts, 2 no choice of the steps, 3 none steered, 4 no lattice, 5 no
+# post-filter.
+_READABLE = ("1", "2", "3", "4", "5", "6")
+_BFLOAT16_PARTS = ("g_a.", "g_s.", "post_filter.", "h_a.")
 _TOTAL_COUNT = 1 << 22
 _PRIOR_STRENGTH = 32.0  # counts of prior for every category of a table
 _HYPER_PRIOR_STRENGTH = 256.0  # counts of prior in a table of z

@@ -20,9 +20,14 @@ class Margins:
         """The same, where a sample has become so many in each direction."""
         return Margins(*(factor * m for m in astuple(self)))
 
+    def split(self, keep: int) -> tuple["Margins", "Margins"]:
+        """The innermost samples of each margin, at most `keep`, and the others."""
+        inner = Margins(*(min(m, keep) for m in astuple(self)))
+        return inner, Margins(*(m - i for m, i in zip(astuple(self), astuple(inner), strict=True)))
+
     def crop(self, x: Tensor, keep: int = 0) -> tuple[Tensor, "Margins"]:
         """x (N, C, H, W) with at most `keep` samples of each margin, and what they are then."""
-        kept = Margins(*(min(m, keep) for m in astuple(self)))
+        kept, _ = self.split(keep)
         height, width = x.shape[2:]
         inner = x[
             :,

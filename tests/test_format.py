@@ -107,7 +107,7 @@ def test_the_post_filter_follows_from_the_tensors_of_the_file() -> None:
 
 
 def test_weights_survive_the_file() -> None:
-    data = (GOLDEN / "steered" / "tiny.safetensors").read_bytes()
+    data = (GOLDEN / "filter" / "tiny.safetensors").read_bytes()
     once = import_weights(data).model
     again = import_weights(export_weights(once)).model
     for (name, one), other in zip(

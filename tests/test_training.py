@@ -183,17 +183,21 @@ LARGER = replace(
 )
 
 
+FILTERED = replace(CONFIG, filter_width=8, filter_blocks=1)
+
+
 @pytest.mark.parametrize(
-    "config",
+    ("old", "config"),
     [
-        LARGER,
-        replace(CONFIG, mean_context_hidden=8),
-        replace(CONFIG, analysis_blocks8=3),
-        replace(CONFIG, filter_width=8, filter_blocks=1),
+        (CONFIG, LARGER),
+        (CONFIG, replace(CONFIG, mean_context_hidden=8)),
+        (CONFIG, replace(CONFIG, analysis_blocks8=3)),
+        (CONFIG, FILTERED),
+        (FILTERED, replace(FILTERED, filter_blocks=2)),
     ],
 )
-def test_grown_networks_code_the_same_symbols(config: ModelConfig) -> None:
-    model = lively(Hyperprior(CONFIG)).requires_grad_(False)
+def test_grown_networks_code_the_same_symbols(old: ModelConfig, config: ModelConfig) -> None:
+    model = lively(Hyperprior(old)).requires_grad_(False)
     x = torch.from_numpy(pixels(1, 96, 128)).permute(2, 0, 1)[None].float() - 128
     x = torch.nn.functional.pad(x, (0, 0, 0, 32))
     quality = torch.tensor([60.0])

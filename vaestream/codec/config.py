@@ -133,6 +133,8 @@ class ModelConfig:
             raise ValueError(f"groups {self.groups} do not add up to {self.latent} channels")
         if len(self.steps) != len(self.groups) or not set(self.steps) <= set(_STEPS):
             raise ValueError(f"steps {self.steps} are not 1 to 3 for each of groups {self.groups}")
+        if self.filter_blocks and not self.filter_width:
+            raise ValueError(f"filter_blocks {self.filter_blocks} of a post-filter without width")
         if not 0 <= self.lattice_from <= NUM_SCALES:
             raise ValueError(f"lattice_from {self.lattice_from} is outside 0 to {NUM_SCALES}")
 

@@ -5,7 +5,7 @@
                                                              └───▶ index  (integers)
 
 s is coded in a few passes; the mean and the index of a pass also follow the symbols of the passes
-before it (`mean_branch` and `scale_branch`).
+before it (`mean_branch` and `scale_branch`). A post-filter (`post_filter`) may follow g_s.
 
 Sources: Ballé et al., "Variational image compression with a scale hyperprior", ICLR 2018; Minnen
 et al., "Joint autoregressive and hierarchical priors", NeurIPS 2018; Cui et al., "Asymmetric gained

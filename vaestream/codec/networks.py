@@ -15,7 +15,7 @@ from torch import Tensor
 from .bitstream import Rectangle
 from .config import HYPER_STRIDE, Z_LIMIT, CodingPass, Cosets
 from .exact import ExactScaleBranch, magnitudes
-from .post_filter import GROUP
+from .post_filter import GROUP, filter_reach
 from .transforms import CORRECTION_UNIT, STRIDE, depth_to_space, space_to_depth
 from .weights_file import Weights
 from .windows import Margins, windows
@@ -25,6 +25,7 @@ _Z_HALO = 2  # how far, in z, the features of a latent reach
 _STRIP = 64  # rows of latents
 _PRECISE = 64  # latent channels whose values 8 bits cannot hold, in linear paths and contexts
 _STRIP_POSITIONS = 512  # latents
+_GROUPS = STRIDE // GROUP  # a latent spans as many in each direction
 _FILTER_ROWS = 128  # of groups
 
 
@@ -161,7 +162,7 @@ def cut(grid: Tensor, rectangles: Sequence[Rectangle]) -> Tensor:
 
 
 class Networks:
-    """g_a, g_s, h_a, h_s on a device, in bfloat16 or float32."""
+    """g_a, g_s, the post-filter, h_a, h_s on a device, in bfloat16 or float32."""
 
     def __init__(
         self, weights: Weights, device: torch.device, dtype: torch.dtype, *, window: int
@@ -267,7 +268,8 @@ class Networks:
                 for top, strip in levels:
                     _write(_as_pixels(strip.clamp_(0, 255).to(torch.uint8)), target, top * STRIDE)
             else:
-                self._filter(levels, quality, seen, target)
+                grid = inner.shape[2] * _GROUPS, inner.shape[3] * _GROUPS
+                self._filter(levels, grid, quality, seen, target)
         return pixels
 
     def synthesise_reduced(self, y_hat: Tensor, shrink: int) -> Tensor:
@@ -290,8 +292,7 @@ class Networks:
         return torch.cat(strips)
 
     def _levels(self, y_hat: Tensor, correction: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Linear path plus correction, (4h, 4w, 48), in strips that stay in a cache: whole, this
-        would move more memory than the convolutions.
+        """Linear path plus correction, (4h, 4w, 48), in strips that stay in a cache.
 
         Gives the first row of latents of each, and its levels + 0.5, so that cutting off rounds
         them: (rows, 4, w, 4, 48) float32, where 48 is (dy, dx, colour) in a place of 4x4 pixels.
@@ -312,15 +313,25 @@ class Networks:
             yield top, levels.add_(part, alpha=CORRECTION_UNIT)
 
     def _filter(
-        self, levels: Iterator[tuple[int, Tensor]], quality: Tensor, seen: Margins, target: Tensor
+        self,
+        levels: Iterator[tuple[int, Tensor]],
+        grid: tuple[int, int],
+        quality: Tensor,
+        seen: Margins,
+        target: Tensor,
     ) -> None:
         """What `_levels` gives, through the post-filter and without margins (in latents), into
-        target, (H, W, 3) uint8."""
+        target, (H, W, 3) uint8.
+
+        grid: rows and columns of groups of pixels, the margins included.
+        """
         assert self.model.post_filter is not None
-        groups = torch.cat([_as_groups(strip) for _, strip in levels])
-        per_latent = STRIDE // GROUP
-        halo = per_latent * self.config.filter_radius
-        seen = seen.scaled(per_latent)
+        groups = torch.empty((*grid, GROUP * GROUP * 3), device=self.device)
+        for top, strip in levels:
+            rows = _GROUPS * len(strip)
+            groups[_GROUPS * top :][:rows] = _as_groups(strip)
+        halo = filter_reach(self.config.filter_blocks)
+        seen = seen.scaled(_GROUPS)
         bottom = groups.shape[0] - seen.bottom
         for top in range(seen.top, bottom, _FILTER_ROWS):
             end = min(top + _FILTER_ROWS, bottom)
@@ -330,8 +341,8 @@ class Networks:
             inner = filtered[top - first : end - first, seen.left : groups.shape[1] - seen.right]
             height, width, _ = inner.shape
             places = inner.clamp(0, 255).to(torch.uint8).view(height, width, GROUP, GROUP, 3)
-            rows = places.transpose(1, 2).reshape(height * GROUP, width * GROUP, 3)
-            _write(rows, target, (top - seen.top) * GROUP)
+            written = places.transpose(1, 2).reshape(height * GROUP, width * GROUP, 3)
+            _write(written, target, (top - seen.top) * GROUP)
 
 
 def _as_pixels(levels: Tensor) -> Tensor:

@@ -44,7 +44,10 @@ class PostFilter(nn.Module):
         return depth_to_space(self.grouped(space_to_depth(x, GROUP), quality), GROUP)
 
     def grouped(self, x: Tensor, quality: Tensor) -> Tensor:
-        """`forward` on groups of pixels, (N, 12, H/2, W/2), as `space_to_depth` gives them."""
+        """`forward` on groups of pixels, (N, 12, H/2, W/2), as `space_to_depth` gives them.
+
+        What is added to all levels is added to the result: only detail is looked at.
+        """
         low, high = _UNITS
         unit = low * (high / low) ** (quality.float()[:, None, None, None] / 100)
         hidden: Tensor = self.first((_detail(x) / unit).to(self.first.weight.dtype))
@@ -65,10 +68,15 @@ class _Block(nn.Module):
         return convolve_add(convolve_relu(x, self.one), self.two, x)
 
 
+def filter_reach(blocks: int) -> int:
+    """Groups beyond its own that a filtered pixel may depend on: one for the mean around, the
+    others for the convolutions."""
+    return 3 + 2 * blocks
+
+
 def filter_radius(blocks: int) -> int:
-    """Latents beyond its own position that a filtered pixel may depend on, rounded up."""
-    pixels = GROUP * (3 + 2 * blocks)  # one group for the mean, the others for convolutions
-    return -(-pixels // STRIDE)
+    """The same in latents, rounded up."""
+    return -(-GROUP * filter_reach(blocks) // STRIDE)
 
 
 def _detail(x: Tensor) -> Tensor:

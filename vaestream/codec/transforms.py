@@ -13,7 +13,7 @@ of bfloat16; the network's correction does not, nor do the linear path's other c
 (`vaestream.codec.networks`).
 
 Everything is local: no global pooling and no normalisation, so a photo may be cut into windows
-that overlap by `RECEPTIVE_RADIUS` latents and every window gives the same values as the whole.
+that overlap by `receptive_radius` latents and every window gives the same values as the whole.
 """
 
 import math

@@ -30,8 +30,7 @@ from .transforms import QUALITY_NODES
 
 _FORMAT = "vaestream-weights"
 _VERSION = "6"
-# 1 had no contexts, 2 no choice of the steps, 3 none steered, 4 no lattice, 5 no
-# post-filter.
+# 1 had no contexts, 2 no choice of the steps, 3 none steered, 4 no lattice, 5 no filter.
 _READABLE = ("1", "2", "3", "4", "5", "6")
 _BFLOAT16_PARTS = ("g_a.", "g_s.", "post_filter.", "h_a.")
 _TOTAL_COUNT = 1 << 22

@@ -11,16 +11,16 @@ from vaestream.codec.hyperprior import Hyperprior
 _CONTEXT = re.compile(r"(h_s_\w+\.context)\.(\d+)\.(\w+)\.(\w+)")
 _BY_KNOWN = ("mix", "look")  # layers that have an input for every known channel
 _BY_CHANNEL = ("out", "offset")  # layers that have an output for every channel of their pass
-_NEW_BLOCK = re.compile(r".*\.blocks\d+\.\d+\.expand\.\w+")
+_NEW_BLOCK = re.compile(r"g_\w\.blocks\d+\.\d+\.expand\.\w+|post_filter\.blocks\.\d+\.two\.\w+")
 
 
 def grown(model: Hyperprior, config: ModelConfig) -> Hyperprior:
     """A model of another shape that gives what `model` gives, and learns from there.
 
-    `config` may have more residual blocks, groups and steps that are split further, and steered
-    contexts. A pass takes the contexts of the one that codes its symbols in `model`; what it knows
-    beyond that has no weight at first, nor do new steering and new blocks add anything. Only a
-    lattice, if `config` has another, changes what is coded at once.
+    `config` may have a post-filter, more residual blocks, groups and steps that are split further,
+    and steered contexts. A pass takes the contexts of the one that codes its symbols in `model`;
+    what it knows beyond that has no weight at first, nor do new steering, a new post-filter and new
+    blocks add anything. Only a lattice, if `config` has another, changes what is coded at once.
 
     Raises ValueError if something of `model` has no place in `config`.
     """

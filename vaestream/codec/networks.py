@@ -328,8 +328,7 @@ class Networks:
         assert self.model.post_filter is not None
         groups = torch.empty((*grid, GROUP * GROUP * 3), device=self.device)
         for top, strip in levels:
-            rows = _GROUPS * len(strip)
-            groups[_GROUPS * top :][:rows] = _as_groups(strip)
+            _group(strip, groups[_GROUPS * top :][: _GROUPS * len(strip)])
         halo = filter_reach(self.config.filter_blocks)
         seen = seen.scaled(_GROUPS)
         bottom = groups.shape[0] - seen.bottom
@@ -352,12 +351,12 @@ def _as_pixels(levels: Tensor) -> Tensor:
     return places.reshape(rows * STRIDE, width * STRIDE, 3)
 
 
-def _as_groups(levels: Tensor) -> Tensor:
-    """(rows, 4, w, 4, 48) -> (8 rows, 8 w, 12): groups of 2x2 pixels, as the post-filter takes
+def _group(levels: Tensor, groups: Tensor) -> None:
+    """(rows, 4, w, 4, 48) into (8 rows, 8 w, 12): groups of 2x2 pixels, as the post-filter takes
     them."""
     rows, _, width, _, _ = levels.shape
     places = levels.view(rows, 4, width, 4, 2, 2, 2, 2, 3).permute(0, 1, 4, 2, 3, 6, 5, 7, 8)
-    return places.reshape(rows * 8, width * 8, 12)
+    groups.view(rows, 4, 2, width, 4, 2, 2, 2, 3).copy_(places)
 
 
 def _write(rows: Tensor, target: Tensor, top: int) -> None:

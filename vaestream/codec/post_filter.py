@@ -50,7 +50,8 @@ class PostFilter(nn.Module):
         """
         low, high = _UNITS
         unit = low * (high / low) ** (quality.float()[:, None, None, None] / 100)
-        hidden: Tensor = self.first((_detail(x) / unit).to(self.first.weight.dtype))
+        detail = _detail(x).div_(unit)
+        hidden: Tensor = self.first(detail.to(self.first.weight.dtype))
         hidden = F.relu(hidden.add_(self.condition(quality).to(hidden.dtype)), inplace=True)
         change: Tensor = self.last(self.blocks(hidden))
         return x + change * unit
@@ -80,9 +81,24 @@ def filter_radius(blocks: int) -> int:
 
 
 def _detail(x: Tensor) -> Tensor:
-    """Groups of pixels less the mean around: their level itself says nothing, and would drown in 8
-    bits what does."""
-    n, _, h, w = x.shape
-    pixels = x.reshape(n, GROUP * GROUP, 3, h, w)
-    around = F.avg_pool2d(pixels.mean(1), 3, 1, 1, count_include_pad=False)
-    return (pixels - around[:, None]).reshape(n, _CHANNELS, h, w)
+    """Groups of pixels less the mean of the 3x3 groups around: their level itself says nothing, and
+    would drown in 8 bits what does."""
+    n, channels, height, width = x.shape
+    pixels = x.permute(0, 2, 3, 1).reshape(n, height, width, GROUP * GROUP, 3)
+    a, b, c, d = pixels.unbind(3)
+    # Sums of shifted slices: on CPUs several times as fast as pooling, with colours last.
+    around = F.pad(a + b + c + d, (0, 0, 1, 1, 1, 1))
+    around = around[:, :-2] + around[:, 1:-1] + around[:, 2:]
+    around = around[:, :, :-2] + around[:, :, 1:-1] + around[:, :, 2:]
+    rows, columns = (_neighbours(side, x) for side in (height, width))
+    around = around / (GROUP * GROUP * rows[:, None, None] * columns[:, None])
+    detail = pixels - around[..., None, :]
+    return detail.view(n, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _neighbours(side: int, like: Tensor) -> Tensor:
+    """How many of itself and the two next to it a position has, (side,): fewer at the ends."""
+    count = like.new_full((side,), 3)
+    count[0] -= 1
+    count[-1] -= 1
+    return count

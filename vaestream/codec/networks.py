@@ -15,9 +15,9 @@ from torch import Tensor
 from .bitstream import Rectangle
 from .config import HYPER_STRIDE, Z_LIMIT, CodingPass, Cosets
 from .exact import ExactScaleBranch, magnitudes
-from .post_filter import GROUP, filter_reach
+from .post_filter import GROUP, PostFilter, filter_reach
 from .transforms import CORRECTION_UNIT, STRIDE, depth_to_space, space_to_depth
-from .weights_file import Weights
+from .weights_file import BFLOAT16_PARTS, Weights
 from .windows import Margins, windows
 
 _LATENTS_PER_Z = HYPER_STRIDE // STRIDE
@@ -174,10 +174,9 @@ class Networks:
         self._window = window
         # The mean branch, but for what steers it, and the quality tables stay in float32, and of
         # the linear paths the channels with large values.
-        for part in (self.model.g_a, self.model.g_s, self.model.post_filter, self.model.h_a):
-            for module in part.modules() if part is not None else ():
-                if isinstance(module, torch.nn.Conv2d):
-                    module.to(dtype)
+        for name, module in self.model.named_modules():
+            if name.startswith(BFLOAT16_PARTS) and isinstance(module, torch.nn.Conv2d):
+                module.to(dtype)
         self._dtype = dtype
         precise = self.config.latent if dtype == torch.float32 else _PRECISE
         linear = self.model.g_a.linear
@@ -268,8 +267,13 @@ class Networks:
                 for top, strip in levels:
                     _write(_as_pixels(strip.clamp_(0, 255).to(torch.uint8)), target, top * STRIDE)
             else:
-                grid = inner.shape[2] * _GROUPS, inner.shape[3] * _GROUPS
-                self._filter(levels, grid, quality, seen, target)
+                groups = torch.empty(
+                    (inner.shape[2] * _GROUPS, inner.shape[3] * _GROUPS, GROUP * GROUP * 3),
+                    device=self.device,
+                )
+                for top, strip in levels:
+                    _group(strip, groups[_GROUPS * top :][: _GROUPS * len(strip)])
+                self._filter(self.model.post_filter, groups, quality, seen.scaled(_GROUPS), target)
         return pixels
 
     def synthesise_reduced(self, y_hat: Tensor, shrink: int) -> Tensor:
@@ -314,34 +318,25 @@ class Networks:
 
     def _filter(
         self,
-        levels: Iterator[tuple[int, Tensor]],
-        grid: tuple[int, int],
+        post_filter: PostFilter,
+        groups: Tensor,
         quality: Tensor,
-        seen: Margins,
+        margins: Margins,
         target: Tensor,
     ) -> None:
-        """What `_levels` gives, through the post-filter and without margins (in latents), into
-        target, (H, W, 3) uint8.
-
-        grid: rows and columns of groups of pixels, the margins included.
-        """
-        assert self.model.post_filter is not None
-        groups = torch.empty((*grid, GROUP * GROUP * 3), device=self.device)
-        for top, strip in levels:
-            _group(strip, groups[_GROUPS * top :][: _GROUPS * len(strip)])
+        """Groups of pixels, (h, w, 12), through the post-filter and without their margins into
+        target, (H, W, 3) uint8. In strips, too."""
         halo = filter_reach(self.config.filter_blocks)
-        seen = seen.scaled(_GROUPS)
-        bottom = groups.shape[0] - seen.bottom
-        for top in range(seen.top, bottom, _FILTER_ROWS):
+        height, width, _ = groups.shape
+        bottom = height - margins.bottom
+        for top in range(margins.top, bottom, _FILTER_ROWS):
             end = min(top + _FILTER_ROWS, bottom)
             first = max(0, top - halo)
             outer = groups[first : end + halo].permute(2, 0, 1)[None]
-            filtered = self.model.post_filter.grouped(outer, quality)[0].permute(1, 2, 0)
-            inner = filtered[top - first : end - first, seen.left : groups.shape[1] - seen.right]
-            height, width, _ = inner.shape
-            places = inner.clamp(0, 255).to(torch.uint8).view(height, width, GROUP, GROUP, 3)
-            written = places.transpose(1, 2).reshape(height * GROUP, width * GROUP, 3)
-            _write(written, target, (top - seen.top) * GROUP)
+            filtered = post_filter.grouped(outer, quality)
+            inner = filtered[:, :, top - first : end - first, margins.left : width - margins.right]
+            rows = depth_to_space(inner.clamp(0, 255).to(torch.uint8), GROUP)[0].permute(1, 2, 0)
+            _write(rows, target, (top - margins.top) * GROUP)
 
 
 def _as_pixels(levels: Tensor) -> Tensor:

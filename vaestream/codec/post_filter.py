@@ -51,8 +51,8 @@ class PostFilter(nn.Module):
         low, high = _UNITS
         unit = low * (high / low) ** (quality.float()[:, None, None, None] / 100)
         detail = _detail(x).div_(unit)
-        hidden: Tensor = self.first(detail.to(self.first.weight.dtype))
-        hidden = F.relu(hidden.add_(self.condition(quality).to(hidden.dtype)), inplace=True)
+        hidden = self.first(detail.to(self.first.weight.dtype))
+        hidden = self.condition.shift_relu(hidden, quality)
         change: Tensor = self.last(self.blocks(hidden))
         return x + change * unit
 

@@ -76,6 +76,10 @@ class QualityTable(nn.Module):
         index = low.long()
         return torch.lerp(self.nodes[index], self.nodes[index + 1], fraction)[:, :, None, None]
 
+    def shift_relu(self, hidden: Tensor, quality: Tensor) -> Tensor:
+        """ReLU of hidden, (N, channels, h, w), plus the vector of its quality: in place."""
+        return F.relu(hidden.add_(self(quality).to(hidden.dtype)), inplace=True)
+
 
 class Bottleneck(nn.Module):
     """Residual 1x1 -> 3x3 -> 1x1 at half the width; the residual path starts at zero."""
@@ -159,7 +163,7 @@ class Analysis(nn.Module):
         quarter: pixels minus 128, gathered 4x4, (N, 48, H/4, W/4), the margins included.
         """
         hidden = _convolve_64ths(quarter, self.stem)
-        hidden = F.relu(hidden.add_(self.condition(quality).to(hidden.dtype)), inplace=True)
+        hidden = self.condition.shift_relu(hidden, quality)
         hidden = self.blocks8(hidden)
         hidden = self.blocks16(self.down(hidden))
         correction: Tensor = self.project(hidden)
@@ -199,7 +203,7 @@ class Synthesis(nn.Module):
         y_hat: as for `forward`, the margins included.
         """
         hidden = _convolve_64ths(y_hat, self.project)
-        hidden = F.relu(hidden.add_(self.condition(quality).to(hidden.dtype)), inplace=True)
+        hidden = self.condition.shift_relu(hidden, quality)
         # What is copied anyway costs nothing to crop.
         seen = receptive_radius(len(self.blocks8), 0)
         hidden, margins = margins.crop(self.blocks16(hidden), keep=seen)

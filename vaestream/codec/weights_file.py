@@ -32,7 +32,9 @@ _FORMAT = "vaestream-weights"
 _VERSION = "6"
 # 1 had no contexts, 2 no choice of the steps, 3 none steered, 4 no lattice, 5 no filter.
 _READABLE = ("1", "2", "3", "4", "5", "6")
-_BFLOAT16_PARTS = ("g_a.", "g_s.", "post_filter.", "h_a.")
+BFLOAT16_PARTS = ("g_a.", "g_s.", "post_filter.", "h_a.")
+"""Where convolutions are stored, and where the hardware has it computed, in bfloat16."""
+
 _TOTAL_COUNT = 1 << 22
 _PRIOR_STRENGTH = 32.0  # counts of prior for every category of a table
 _HYPER_PRIOR_STRENGTH = 256.0  # counts of prior in a table of z
@@ -73,7 +75,7 @@ def export_weights(
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         stored = tensor.detach().float()
-        if name.startswith(_BFLOAT16_PARTS) and not name.endswith((".linear", ".nodes")):
+        if name.startswith(BFLOAT16_PARTS) and not name.endswith((".linear", ".nodes")):
             stored = stored.bfloat16()
         tensors[name] = stored.contiguous()
         if _is_integer(name):

@@ -23,6 +23,8 @@ from vaestream.codec.rounding import rounding_offsets
 from vaestream.codec.weights_file import Weights, export_weights, import_weights
 from vaestream.errors import SourceError, WeightsError
 from vaestream.training import calibration
+from vaestream.training.coded import CodedCrops
+from vaestream.training.data import load_photos
 from vaestream.training.evaluate import evaluate
 from vaestream.training.growth import grown
 from vaestream.training.real_coding import RealCoding
@@ -253,6 +255,60 @@ def test_real_coding_leaves_the_encoder_alone_if_asked(photos: Path, tmp_path: P
         if not torch.equal(one, other)
     }
     assert changed == {"g_s", "h_s_mean", "h_s_scale", "z_prior"}
+
+
+def test_a_decoder_learns_from_coded_crops(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for seed in range(4):
+        Image.fromarray(pixels(seed, 160, 192)).save(photos / f"{seed}.png")
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    train([photos], out=first, steps=100, config=CONFIG, settings=SETTINGS, log=lambda _: None)
+    coded = replace(SETTINGS, coded=12, learning_rate=2e-3)
+    with pytest.raises(ValueError, match="weights to start from"):
+        train([photos], out=second, steps=5, config=CONFIG, settings=coded)
+    with pytest.raises(ValueError, match="the decoder alone"):
+        train([photos], out=second, init=first, steps=5, config=LARGER, settings=coded)
+    config = replace(FILTERED, synthesis_blocks8=2)
+    train(
+        [photos],
+        out=second,
+        init=first,
+        config=config,
+        steps=100,
+        settings=coded,
+        log=lambda _: None,
+    )
+    before, after = (
+        Codec.load(path, device="cpu", precision="float32") for path in (first, second)
+    )
+    assert after.networks.config == config
+    error = [0.0, 0.0]
+    for seed in range(4):
+        image = pixels(seed, 160, 192)
+        for quality in (20.0, 80.0):
+            for i, codec in enumerate((before, after)):
+                found = codec.compress(image, quality=quality)
+                assert found.psnr is not None
+                error[i] += 10 ** (-found.psnr / 10)
+            # The same symbols: what comes after the model's name and the sum over it.
+            one, other = (c.encode([image], quality=quality)[0] for c in (before, after))
+            assert len(one) == len(other) and one[-200:] == other[-200:]
+    assert error[1] < 0.98 * error[0]
+
+
+def test_coded_crops_are_what_the_codec_decodes(photos: Path) -> None:
+    codec = Codec(shipped_weights(), torch.device("cpu"), torch.float32)
+    training = load_photos(sorted(photos.glob("*.png")), min_side=64, max_bytes=1 << 30)
+    crops = CodedCrops.of(codec.encoder, training, 3, 64, np.random.default_rng(0))
+    model = import_weights(shipped_weights()).model
+    for i, quality in enumerate(crops.quality.tolist()):
+        y_hat = torch.from_numpy(crops.latents[i]).permute(2, 0, 1)[None].float()
+        with torch.no_grad():
+            x_hat = model.synthesise(y_hat, torch.tensor([quality]))[0].permute(1, 2, 0) + 128
+        (decoded,) = codec.decode(codec.encode([crops.pixels[i]], quality=round(quality, 2)))
+        off = (x_hat.clamp(0, 255) - torch.from_numpy(decoded)).abs()
+        assert float(off.max()) < 0.7  # half a level of rounding, and that of latents to float16
 
 
 def test_unusable_input_is_named(photos: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .bitstream import MODEL_ID_BYTES, Header, pack
+from .bitstream import MODEL_ID_BYTES, Header, Rectangle, pack
 from .coding_costs import CodingCosts
 from .config import NUM_SCALES
 from .entropy import Table
@@ -23,6 +23,9 @@ from .rounding import DEAD_ZONE, rounding_offsets
 from .streams import SymbolCoding, TileEncoder, encode_z, tables_of_z
 from .tiles import batches, paste
 from .view import View
+
+_Passes = Iterator[tuple[NDArray[np.int32], NDArray[np.uint8]]]
+"""Symbols and table indices, pass by pass."""
 
 
 @dataclass(frozen=True)
@@ -101,21 +104,18 @@ class Encoder:
         if effort:
             pixels = self._to_rgb(source.coded)
             y = refine(self._networks, self._costs, pixels, y, z_hat, q, steps=effort)
-        side = self._networks.side_information(z_hat, q)
         z_tables = tables_of_z(self._z_tables, header.coded_quality)
         z_stream = encode_z(z_hat[0].cpu().numpy(), z_tables)
         streams = [b""] * header.num_tiles
-        for numbers, rectangles in batches(dict(enumerate(header.tiles()))):
-            means, scales = side.means(rectangles), side.scales(rectangles)
+        for numbers, rectangles, means, passes in self._tiles(header, y, z_hat, q):
             encoders = [TileEncoder(self.coding) for _ in numbers]
-            for symbols, index in self._quantise(cut(y, rectangles), means, scales):
+            for symbols, index in passes:
                 for i, encoder in enumerate(encoders):
                     encoder.add(symbols[i], index[i])
             for number, encoder in zip(numbers, encoders, strict=True):
                 streams[number] = encoder.finish()
             if measure:
-                whole = (0, 0, *header.latent_size)
-                paste(y, whole, rectangles, means.y_hat(self._networks.config.latent), gain)
+                self._reconstruct(y, header, rectangles, means, q)
         psnr = None
         if measure:
             view = View.of(header.width, header.height, coded_size=header.coded_size)
@@ -129,15 +129,12 @@ class Encoder:
 
         One array a table: counts of the symbols -r..r that the table holds, and of all others.
         """
-        height, width = image.shape[:2]
-        header = Header(width, height, 3, quality, self._model_id[: 2 * MODEL_ID_BYTES])
+        header = self._plain_header(image, quality)
         counts = [np.zeros(len(t.counts), np.int64) for t in self._y_tables]
         with torch.autocast(self._networks.device.type, enabled=False):
-            y, z_hat = self._latents(image, quality)
-            side = self._networks.side_information(z_hat, self._networks.quality(quality))
-            for _, rectangles in batches(dict(enumerate(header.tiles()))):
-                means, scales = side.means(rectangles), side.scales(rectangles)
-                for symbols, index in self._quantise(cut(y, rectangles), means, scales):
+            y, z_hat, q = self._latents(image, quality)
+            for _, _, _, passes in self._tiles(header, y, z_hat, q):
+                for symbols, index in passes:
                     flat, number = symbols.ravel(), index.ravel()
                     for i in np.unique(number):
                         counts[i] += self._y_tables[i].count(flat[number == i])
@@ -149,20 +146,60 @@ class Encoder:
     ) -> list[NDArray[np.int64]]:
         """As `count_symbols`, for the tables of z at a quality: one array a channel."""
         with torch.autocast(self._networks.device.type, enabled=False):
-            _, z_hat = self._latents(image, quality)
+            _, z_hat, _ = self._latents(image, quality)
         tables = tables_of_z(self._z_tables, quality)
         channels = z_hat[0].flatten(1).cpu().numpy()
         return [table.count(symbols) for table, symbols in zip(tables, channels, strict=True)]
 
-    def _latents(self, image: NDArray[np.uint8], quality: float) -> tuple[Tensor, Tensor]:
-        """y of a picture, scaled by the gain, and z_hat."""
-        gain = self._networks.gain(self._networks.quality(quality))
-        y = self.analyse(image, quality).mul_(gain)
-        return y, self._networks.hyper_analyse(y)
+    @torch.inference_mode()
+    def decoded_latents(self, image: NDArray[np.uint8], quality: float) -> Tensor:
+        """y_hat of a picture, (rows, columns, latent) float32, the gain removed: what decoding its
+        bitstream would make the picture of."""
+        header = self._plain_header(image, quality)
+        with torch.autocast(self._networks.device.type, enabled=False):
+            y, z_hat, q = self._latents(image, quality)
+            for _, rectangles, means, passes in self._tiles(header, y, z_hat, q):
+                for _ in passes:
+                    pass
+                self._reconstruct(y, header, rectangles, means, q)
+        return y
 
-    def _quantise(
-        self, y: Tensor, means: MeanPrior, scales: ScalePrior
-    ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.uint8]]]:
+    def _plain_header(self, image: NDArray[np.uint8], quality: float) -> Header:
+        """Of a picture in colour, not reduced."""
+        height, width = image.shape[:2]
+        return Header(width, height, 3, quality, self._model_id[: 2 * MODEL_ID_BYTES])
+
+    def _latents(self, image: NDArray[np.uint8], quality: float) -> tuple[Tensor, Tensor, Tensor]:
+        """y of a picture, scaled by the gain, z_hat, and the quality as the networks take it."""
+        q = self._networks.quality(quality)
+        y = self.analyse(image, quality).mul_(self._networks.gain(q))
+        return y, self._networks.hyper_analyse(y), q
+
+    def _tiles(
+        self, header: Header, y: Tensor, z_hat: Tensor, quality: Tensor
+    ) -> Iterator[tuple[list[int], list[Rectangle], MeanPrior, _Passes]]:
+        """Tiles that are computed together: their numbers and places, their means, and what
+        `_quantise` gives of scaled latents y, to be gone through before the next ones."""
+        side = self._networks.side_information(z_hat, quality)
+        for numbers, rectangles in batches(dict(enumerate(header.tiles()))):
+            means, scales = side.means(rectangles), side.scales(rectangles)
+            passes = self._quantise(cut(y, rectangles), means, scales)
+            yield numbers, rectangles, means, passes
+
+    def _reconstruct(
+        self,
+        y: Tensor,
+        header: Header,
+        rectangles: Sequence[Rectangle],
+        means: MeanPrior,
+        quality: Tensor,
+    ) -> None:
+        """Put what was coded of tiles into y, the gain removed."""
+        whole = (0, 0, *header.latent_size)
+        decoded = means.y_hat(self._networks.config.latent)
+        paste(y, whole, rectangles, decoded, self._networks.gain(quality))
+
+    def _quantise(self, y: Tensor, means: MeanPrior, scales: ScalePrior) -> _Passes:
         """Symbols and table indices of tiles of scaled latents, pass by pass: (tiles, symbols).
 
         Symbols are rounded with dead zones that are wider where the next symbol is dearer; members

@@ -35,6 +35,9 @@ _READABLE = ("1", "2", "3", "4", "5", "6")
 BFLOAT16_PARTS = ("g_a.", "g_s.", "post_filter.", "h_a.")
 """Where convolutions are stored, and where the hardware has it computed, in bfloat16."""
 
+DECODER = ("g_s", "post_filter")
+"""Parts of `Hyperprior` that only the decoded picture follows from, and no bitstream."""
+
 _TOTAL_COUNT = 1 << 22
 _PRIOR_STRENGTH = 32.0  # counts of prior for every category of a table
 _HYPER_PRIOR_STRENGTH = 256.0  # counts of prior in a table of z
@@ -74,12 +77,7 @@ def export_weights(
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        stored = tensor.detach().float()
-        if name.startswith(BFLOAT16_PARTS) and not name.endswith((".linear", ".nodes")):
-            stored = stored.bfloat16()
-        tensors[name] = stored.contiguous()
-        if _is_integer(name):
-            tensors[name] = integer_weight(stored).to(torch.int8).contiguous()
+        tensors[name] = _stored(name, tensor)
     # A reader needs to know nothing of the units they were trained in.
     for number, predictor in model.h_s_mean.predictors().items():
         folded = {"mix.weight": predictor.mix, "out.weight": predictor.out[..., None, None]}
@@ -118,21 +116,23 @@ def export_weights(
     return save_safetensors(tensors, metadata)
 
 
+def with_decoder(data: bytes, model: Hyperprior) -> bytes:
+    """A weights file with `DECODER` of a model, which is on the CPU and may have grown there.
+
+    All else stays as it is, bit by bit, and so does what the encoder makes of a picture. Raises
+    WeightsError as `import_weights` does.
+    """
+    tensors, metadata = _parse(data)
+    for name, tensor in model.state_dict().items():
+        if name.split(".")[0] in DECODER:
+            tensors[name] = _stored(name, tensor)
+    config = json.dumps(asdict(model.config), sort_keys=True)
+    return save_safetensors(tensors, {**metadata, "version": _VERSION, "config": config})
+
+
 def import_weights(data: bytes) -> Weights:
     """Read a weights file. Raises WeightsError if it is not one, or not one of this version."""
-    try:
-        tensors = load_safetensors(data)
-        size = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
-    except (SafetensorError, ValueError) as error:
-        raise WeightsError(f"not a safetensors file: {error}") from error
-    if metadata.get("format") != _FORMAT:
-        raise WeightsError("a safetensors file, but not of vaestream weights")
-    if metadata.get("version") not in _READABLE:
-        raise WeightsError(
-            f"weights of version {metadata.get('version')}; "
-            f"this release reads {', '.join(_READABLE)}"
-        )
+    tensors, metadata = _parse(data)
     try:
         model = Hyperprior(ModelConfig(**json.loads(metadata["config"])))
         y_tables = _unpack_tables("tables.y", tensors)
@@ -152,6 +152,34 @@ def import_weights(data: bytes) -> Weights:
     z_tables = [z_flat[n * channels : (n + 1) * channels] for n in range(QUALITY_NODES)]
     digest = hashlib.sha256(data).hexdigest()
     return Weights(model.eval().requires_grad_(False), y_tables, z_tables, answer, digest)
+
+
+def _parse(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a weights file. Raises WeightsError."""
+    try:
+        tensors = load_safetensors(data)
+        size = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+    except (SafetensorError, ValueError) as error:
+        raise WeightsError(f"not a safetensors file: {error}") from error
+    if metadata.get("format") != _FORMAT:
+        raise WeightsError("a safetensors file, but not of vaestream weights")
+    if metadata.get("version") not in _READABLE:
+        raise WeightsError(
+            f"weights of version {metadata.get('version')}; "
+            f"this release reads {', '.join(_READABLE)}"
+        )
+    return tensors, metadata
+
+
+def _stored(name: str, tensor: Tensor) -> Tensor:
+    """A parameter by its name in `Hyperprior`, in the type that the file has it in."""
+    stored = tensor.detach().float()
+    if _is_integer(name):
+        return integer_weight(stored).to(torch.int8).contiguous()
+    if name.startswith(BFLOAT16_PARTS) and not name.endswith((".linear", ".nodes")):
+        stored = stored.bfloat16()
+    return stored.contiguous()
 
 
 def _is_integer(name: str) -> bool:

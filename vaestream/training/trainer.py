@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vaestream.codec import Codec
 from vaestream.codec.config import STANDARD, ModelConfig
-from vaestream.codec.entropy import Table
 from vaestream.codec.hardware import best_dtype
 from vaestream.codec.hyperprior import Hyperprior, Relaxation, TrainingOutput
-from vaestream.codec.weights_file import import_weights
+from vaestream.codec.weights_file import DECODER, Weights, import_weights, with_decoder
 from vaestream.errors import WeightsError
 
 from .calibration import calibrated_weights
+from .coded import CodedCrops
 from .data import PhotoSet, list_photos, load_photos
 from .growth import grown
 from .objective import rate_distortion
@@ -40,12 +41,16 @@ class TrainingSettings:
     """What shapes a run.
 
     batch, crop: photos a step and their side in pixels (a multiple of 64).
-    learning_rate: peak, for the networks; the entropy model learns `entropy_rate` times,
-        the block transforms, which start near their optimum, `linear_rate` times as fast.
+    learning_rate: peak, for the networks; the entropy model learns `entropy_rate` times, the
+        post-filter `filter_rate` times, the block transforms, which start near their optimum,
+        `linear_rate` times as fast.
     constant: share of the run at the peak; then a cosine to `final_rate` of it.
     linear: share of the run at its start in which only the linear transform and the entropy model
         learn (skipped when the run starts from given weights).
     real: learn with `RealCoding`, by the tables of the given weights, in place of noise.
+    coded: how many crops, of twice the side, the given weights code once, before the run, for the
+        decoder alone to learn from, in less than half of the time a step. What the encoder writes
+        stays, bit by bit. 0: none are, and everything learns.
     enlarged: share of the crops that are enlarged (`PhotoSet.crops`).
     fixed: parts of `Hyperprior` that do not learn, by their names there; see `ENCODER`.
     """
@@ -54,12 +59,14 @@ class TrainingSettings:
     crop: int = 256
     learning_rate: float = 6e-4
     entropy_rate: float = 3.0
+    filter_rate: float = 3.0
     linear_rate: float = 0.1
     warmup: float = 0.01
     constant: float = 0.5
     final_rate: float = 0.01
     linear: float = 0.03
     real: bool = False
+    coded: int = 0
     fixed: tuple[str, ...] = ()
     enlarged: float = 0.0
     validation_photos: int = 16
@@ -102,16 +109,20 @@ def train(
     )
     torch.manual_seed(settings.seed)
     relax: Relaxation | None = None
+    start = b""
     if init is None:
-        if settings.real:
+        if settings.real or settings.coded:
             raise ValueError("real coding needs weights to start from")
         model = Hyperprior(config or STANDARD)
     else:
-        model, tables = _load_model(Path(init))
+        start, weights = _load_weights(Path(init))
+        model = weights.model.train().requires_grad_(True)
         if config is not None and config != model.config:
+            if settings.coded and not _same_encoder(config, model.config):
+                raise ValueError("a run on coded crops changes the decoder alone")
             model = grown(model, config)
-        if settings.real:
-            relax = RealCoding(tables, torch_device, model.config.lattice_from)
+        if settings.real or settings.coded:
+            relax = RealCoding(weights.y_tables, torch_device, model.config.lattice_from)
     model.to(torch_device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     run = _Run(model, relax, settings, minutes, steps, linear_start=init is None)
@@ -127,10 +138,21 @@ def train(
     validation = load_photos(held, min_side=settings.crop, max_bytes=1 << 30)
     training = load_photos(
         files if held is files else [f for f in files if f not in set(held)],
-        min_side=settings.crop,
+        min_side=(2 if settings.coded else 1) * settings.crop,
         max_bytes=int(settings.max_gigabytes * 1e9),
     )
     log(f"{len(training.photos)} photos to train on, {len(validation.photos)} set aside")
+    coded: CodedCrops | None = None
+    if settings.coded:
+        coded = CodedCrops.of(
+            Codec(start, torch_device, torch.float32).encoder,
+            training,
+            settings.coded,
+            2 * settings.crop,
+            np.random.default_rng(settings.seed),
+            enlarged=settings.enlarged,
+        )
+        log(f"{settings.coded} crops coded")
 
     with open(out.with_name(out.name + ".log.jsonl"), "a", encoding="utf-8") as journal:
 
@@ -145,7 +167,7 @@ def train(
 
         saved = time.monotonic()
         while not run.finished:
-            entry = run.advance(training, torch_device)
+            entry = run.advance(coded or training, torch_device)
             if entry is not None:
                 record(entry)
             if on_step is not None:
@@ -156,7 +178,9 @@ def train(
                 saved = time.monotonic()
         record(_validate(validation, run, torch_device))
     run.save(checkpoint)
-    _write_atomically(out, calibrated_weights(run.model.cpu().eval(), training))
+    model = run.model.cpu().eval()
+    data = with_decoder(start, model) if coded else calibrated_weights(model, training)
+    _write_atomically(out, data)
     checkpoint.unlink()
     return out
 
@@ -190,11 +214,13 @@ class _Run:
         groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             part, factor = name.split(".")[0], 1.0
-            if part in settings.fixed:
+            if part in settings.fixed or (settings.coded and part not in DECODER):
                 parameter.requires_grad_(False)
                 continue
             if part in entropy:
                 factor = settings.entropy_rate
+            elif part == "post_filter":
+                factor = settings.filter_rate
             elif name.endswith(".linear"):
                 factor = settings.linear_rate
             groups.setdefault((parameter.ndim > 1, factor), []).append(parameter)
@@ -227,29 +253,39 @@ class _Run:
         phase = (p - s.constant) / (1 - s.constant)
         return s.final_rate + (1 - s.final_rate) * 0.5 * (1 + math.cos(math.pi * min(phase, 1)))
 
-    def forward(self, x: Tensor, quality: Tensor) -> TrainingOutput:
-        """The model's output, in bfloat16 where that does, by the phase of the run."""
+    def forward(self, x: Tensor, quality: Tensor, *, y_hat: Tensor | None = None) -> TrainingOutput:
+        """The model's output, in bfloat16 where that does, by the phase of the run. y_hat: what x
+        was coded as, gain removed, where it was; the bits then count as none."""
         linear_only = self.progress < self.linear
         dtype = best_dtype(x.device)
         with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+            if y_hat is not None:
+                x_hat = self.model.synthesise(y_hat, quality)
+                none = torch.zeros_like(quality)
+                return TrainingOutput(x_hat, none, none)
             output: TrainingOutput = self.model(
                 x, quality, linear_only=linear_only, relax=self._relax
             )
         return output
 
-    def advance(self, photos: PhotoSet, device: torch.device) -> dict[str, Any] | None:
+    def advance(self, photos: PhotoSet | CodedCrops, device: torch.device) -> dict[str, Any] | None:
         """One step; every 100th returns a log entry."""
         start = time.monotonic()
         s = self.settings
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * self.rate()
-        x = photos.crops(s.batch, s.crop, self.rng, enlarged=s.enlarged)
-        x = x.to(device, memory_format=torch.channels_last)
-        # Stratified, so that every batch spans the qualities.
-        strata = (np.arange(s.batch) + self.rng.random(s.batch)) * (100 / s.batch)
-        quality = torch.from_numpy(strata).float().to(device)
-        cost = rate_distortion(self.forward(x, quality), x, quality)
+        y_hat: Tensor | None = None
+        if isinstance(photos, CodedCrops):
+            y_hat, x, quality = photos.batch(s.batch, s.crop, self.rng)
+            y_hat = y_hat.to(device, memory_format=torch.channels_last)
+        else:
+            x = photos.crops(s.batch, s.crop, self.rng, enlarged=s.enlarged)
+            # Stratified, so that every batch spans the qualities.
+            strata = (np.arange(s.batch) + self.rng.random(s.batch)) * (100 / s.batch)
+            quality = torch.from_numpy(strata).float()
+        x, quality = x.to(device, memory_format=torch.channels_last), quality.to(device)
+        cost = rate_distortion(self.forward(x, quality, y_hat=y_hat), x, quality)
         self.model.zero_grad(set_to_none=True)
         cost.loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -325,14 +361,22 @@ def _validate(photos: PhotoSet, run: _Run, device: torch.device) -> dict[str, An
     return {"step": run.step, "seconds": round(run.seconds, 1), "validation": curve}
 
 
-def _load_model(path: Path) -> tuple[Hyperprior, list[Table]]:
-    """The networks of a weights file, ready to learn, and its tables of y. Raises WeightsError
-    naming the file."""
+def _same_encoder(one: ModelConfig, other: ModelConfig) -> bool:
+    """Whether models differ in nothing but the decoder's shape."""
+    decoder = {
+        name: getattr(other, name)
+        for name in ("synthesis_blocks8", "synthesis_blocks16", "filter_width", "filter_blocks")
+    }
+    return replace(one, **decoder) == other
+
+
+def _load_weights(path: Path) -> tuple[bytes, Weights]:
+    """A weights file, as it is and loaded. Raises WeightsError naming the file."""
     try:
-        weights = import_weights(path.read_bytes())
+        data = path.read_bytes()
+        return data, import_weights(data)
     except (OSError, WeightsError) as error:
         raise WeightsError(f"{path}: {error}") from error
-    return weights.model.train().requires_grad_(True), weights.y_tables
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

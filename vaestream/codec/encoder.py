@@ -115,7 +115,7 @@ class Encoder:
             for number, encoder in zip(numbers, encoders, strict=True):
                 streams[number] = encoder.finish()
             if measure:
-                self._reconstruct(y, header, rectangles, means, q)
+                self._reconstruct(y, header, rectangles, means, gain)
         psnr = None
         if measure:
             view = View.of(header.width, header.height, coded_size=header.coded_size)
@@ -158,10 +158,11 @@ class Encoder:
         header = self._plain_header(image, quality)
         with torch.autocast(self._networks.device.type, enabled=False):
             y, z_hat, q = self._latents(image, quality)
+            gain = self._networks.gain(q)
             for _, rectangles, means, passes in self._tiles(header, y, z_hat, q):
                 for _ in passes:
                     pass
-                self._reconstruct(y, header, rectangles, means, q)
+                self._reconstruct(y, header, rectangles, means, gain)
         return y
 
     def _plain_header(self, image: NDArray[np.uint8], quality: float) -> Header:
@@ -192,12 +193,12 @@ class Encoder:
         header: Header,
         rectangles: Sequence[Rectangle],
         means: MeanPrior,
-        quality: Tensor,
+        gain: Tensor,
     ) -> None:
         """Put what was coded of tiles into y, the gain removed."""
         whole = (0, 0, *header.latent_size)
         decoded = means.y_hat(self._networks.config.latent)
-        paste(y, whole, rectangles, decoded, self._networks.gain(quality))
+        paste(y, whole, rectangles, decoded, gain)
 
     def _quantise(self, y: Tensor, means: MeanPrior, scales: ScalePrior) -> _Passes:
         """Symbols and table indices of tiles of scaled latents, pass by pass: (tiles, symbols).

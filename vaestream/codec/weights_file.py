@@ -35,8 +35,8 @@ _READABLE = ("1", "2", "3", "4", "5", "6")
 BFLOAT16_PARTS = ("g_a.", "g_s.", "post_filter.", "h_a.")
 """Where convolutions are stored, and where the hardware has it computed, in bfloat16."""
 
-DECODER = ("g_s", "post_filter")
-"""Parts of `Hyperprior` that only the decoded picture follows from, and no bitstream."""
+DECODER = ("g_s.", "post_filter.")
+"""What only the decoded picture follows from, and no bitstream."""
 
 _TOTAL_COUNT = 1 << 22
 _PRIOR_STRENGTH = 32.0  # counts of prior for every category of a table
@@ -124,7 +124,7 @@ def with_decoder(data: bytes, model: Hyperprior) -> bytes:
     """
     tensors, metadata = _parse(data)
     for name, tensor in model.state_dict().items():
-        if name.split(".")[0] in DECODER:
+        if name.startswith(DECODER):
             tensors[name] = _stored(name, tensor)
     config = json.dumps(asdict(model.config), sort_keys=True)
     return save_safetensors(tensors, {**metadata, "version": _VERSION, "config": config})

@@ -58,6 +58,11 @@ class PhotoSet:
         return torch.from_numpy(np.stack(middle)).permute(0, 3, 1, 2).float() - 128
 
 
+def stratified(count: int, limit: float, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Random numbers of [0, limit) that rise and span it: one of each of `count` equal parts."""
+    return (np.arange(count) + rng.random(count)) * (limit / count)
+
+
 def list_photos(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Files under folders, recursively, and files as they are; sorted by path."""
     files: list[Path] = []

@@ -22,7 +22,7 @@ from vaestream.errors import WeightsError
 
 from .calibration import calibrated_weights
 from .coded import CodedCrops
-from .data import PhotoSet, list_photos, load_photos
+from .data import PhotoSet, list_photos, load_photos, stratified
 from .growth import grown
 from .objective import rate_distortion
 from .real_coding import RealCoding
@@ -109,9 +109,10 @@ def train(
     )
     torch.manual_seed(settings.seed)
     relax: Relaxation | None = None
+    real = settings.real or settings.coded > 0
     start = b""
     if init is None:
-        if settings.real or settings.coded:
+        if real:
             raise ValueError("real coding needs weights to start from")
         model = Hyperprior(config or STANDARD)
     else:
@@ -121,7 +122,7 @@ def train(
             if settings.coded and not _same_encoder(config, model.config):
                 raise ValueError("a run on coded crops changes the decoder alone")
             model = grown(model, config)
-        if settings.real or settings.coded:
+        if real:
             relax = RealCoding(weights.y_tables, torch_device, model.config.lattice_from)
     model.to(torch_device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -214,7 +215,7 @@ class _Run:
         groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             part, factor = name.split(".")[0], 1.0
-            if part in settings.fixed or (settings.coded and part not in DECODER):
+            if part in settings.fixed or (settings.coded and not name.startswith(DECODER)):
                 parameter.requires_grad_(False)
                 continue
             if part in entropy:
@@ -253,20 +254,20 @@ class _Run:
         phase = (p - s.constant) / (1 - s.constant)
         return s.final_rate + (1 - s.final_rate) * 0.5 * (1 + math.cos(math.pi * min(phase, 1)))
 
-    def forward(self, x: Tensor, quality: Tensor, *, y_hat: Tensor | None = None) -> TrainingOutput:
-        """The model's output, in bfloat16 where that does, by the phase of the run. y_hat: what x
-        was coded as, gain removed, where it was; the bits then count as none."""
-        linear_only = self.progress < self.linear
-        dtype = best_dtype(x.device)
-        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-            if y_hat is not None:
-                x_hat = self.model.synthesise(y_hat, quality)
-                none = torch.zeros_like(quality)
-                return TrainingOutput(x_hat, none, none)
+    def forward(self, x: Tensor, quality: Tensor) -> TrainingOutput:
+        """The model's output, in bfloat16 where that does, by the phase of the run."""
+        with _autocast(x.device):
             output: TrainingOutput = self.model(
-                x, quality, linear_only=linear_only, relax=self._relax
+                x, quality, linear_only=self.progress < self.linear, relax=self._relax
             )
         return output
+
+    def decode(self, y_hat: Tensor, quality: Tensor) -> TrainingOutput:
+        """Likewise of latents that were coded, the gain removed; their bits count as none."""
+        with _autocast(y_hat.device):
+            x_hat = self.model.synthesise(y_hat, quality)
+        none = torch.zeros_like(quality)
+        return TrainingOutput(x_hat, none, none)
 
     def advance(self, photos: PhotoSet | CodedCrops, device: torch.device) -> dict[str, Any] | None:
         """One step; every 100th returns a log entry."""
@@ -275,17 +276,16 @@ class _Run:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * self.rate()
-        y_hat: Tensor | None = None
         if isinstance(photos, CodedCrops):
-            y_hat, x, quality = photos.batch(s.batch, s.crop, self.rng)
-            y_hat = y_hat.to(device, memory_format=torch.channels_last)
+            y_hat, x, quality = (t.to(device) for t in photos.batch(s.batch, s.crop, self.rng))
+            output = self.decode(y_hat, quality)
         else:
             x = photos.crops(s.batch, s.crop, self.rng, enlarged=s.enlarged)
-            # Stratified, so that every batch spans the qualities.
-            strata = (np.arange(s.batch) + self.rng.random(s.batch)) * (100 / s.batch)
-            quality = torch.from_numpy(strata).float()
-        x, quality = x.to(device, memory_format=torch.channels_last), quality.to(device)
-        cost = rate_distortion(self.forward(x, quality, y_hat=y_hat), x, quality)
+            x = x.to(device, memory_format=torch.channels_last)
+            # Every batch spans the qualities.
+            quality = torch.from_numpy(stratified(s.batch, 100, self.rng)).float().to(device)
+            output = self.forward(x, quality)
+        cost = rate_distortion(output, x, quality)
         self.model.zero_grad(set_to_none=True)
         cost.loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -340,6 +340,12 @@ class _Run:
         except Exception as error:  # torch.load raises whatever pickle and zip raise
             raise WeightsError(f"{path}: not a usable checkpoint: {error}") from error
         self.rng = np.random.default_rng((self.settings.seed, self.step))
+
+
+def _autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 where that does."""
+    dtype = best_dtype(device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 @torch.no_grad()

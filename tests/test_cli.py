@@ -22,6 +22,7 @@ from without_ray import without_ray
 
 from vaestream import cli
 from vaestream.archive.manifest import PartStats
+from vaestream.cli.progress import ProgressLine
 from vaestream.errors import ArchiveError
 from vaestream.pipeline.job import Progress
 from vaestream.training import calibration
@@ -59,11 +60,36 @@ def python(code: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("wrong", [["--workers", "0"], ["--shard-images", "x"]])
-def test_numbers_below_one_are_wrong_usage(tmp_path: Path, wrong: list[str]) -> None:
-    arguments = ["compress", str(tmp_path), str(tmp_path / "archive"), *wrong]
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "compress --workers 0",
+        "compress --shard-images x",
+        "compress --effort -1",
+        "compress --max-pixels 0",
+        "extract --workers -1",
+        "extract --region 1,2,3",
+        "evaluate --effort -1",
+        "evaluate --pixels 0",
+        "evaluate --qualities 50,101",
+        "evaluate --window 30",
+        "evaluate --window 40,30",
+        "train --steps 0",
+        "train --minutes -5",
+        "train --minutes nan",
+    ],
+)
+def test_a_value_that_cannot_be_is_wrong_usage(
+    tmp_path: Path, wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, option, value = wrong.split()
+    out = str(tmp_path / "out")
+    names = {"train": [str(tmp_path), "--out", out], "evaluate": [str(tmp_path)]}
+    arguments = [command, *names.get(command, [str(tmp_path), out]), option, value]
     assert cli.main(arguments) == cli.USAGE
-    assert not (tmp_path / "archive").exists()
+    told = capsys.readouterr().err
+    assert option in told and ("wanted" in told or "between" in told)
+    assert not any(tmp_path.iterdir())
 
 
 def test_from_photos_to_an_archive_and_back(
@@ -111,7 +137,7 @@ def test_a_terminal_shows_life_before_the_first_part_ends(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    line = cli._ProgressLine()
+    line = ProgressLine()
     try:
         line._draw()
         stats = PartStats(source_bytes=300, coded_bytes=100, vae_pixels=9_000_000)

@@ -128,8 +128,11 @@ def evaluate(
     PSNR and MS-SSIM are those of the decoded file, not the encoder's word. pixels: photos of more
     are shrunk to about so many, with Lanczos. Files that are no photo the codec takes are passed
     over. MS-SSIM needs the package pytorch-msssim (the extra `evaluate`) and a photo of at least
-    161 pixels a side. Raises SourceError if no photo is left.
+    161 pixels a side. Raises SourceError if no photo is left, ValueError if pixels or effort is too
+    small.
     """
+    if pixels is not None and pixels < 1:
+        raise ValueError(f"photos cannot be shrunk to {pixels} pixels")
     codec = Codec.load(weights, device=device, precision=precision)
     measurements = []
     for name, image in _photos(photos, pixels):
@@ -162,7 +165,7 @@ def _photos(
         height, width = image.shape[:2]
         if pixels is not None and height * width > pixels:
             scale = math.sqrt(pixels / (height * width))
-            size = round(width * scale), round(height * scale)
+            size = max(1, round(width * scale)), max(1, round(height * scale))
             image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
         yield file.name, image
 

@@ -95,12 +95,14 @@ def train(
     `init` starts from the weights of an earlier run instead of the DCT, in networks that grow to
     `config` where that is given too (`growth.grown`).
 
-    Raises ValueError if not exactly one of minutes and steps is given, or settings or config do not
-    fit, SourceError if nothing is there to train on, WeightsError if `init` or the checkpoint
-    cannot be used.
+    Raises ValueError if not exactly one of minutes and steps is given, and more than 0, or settings
+    or config do not fit, SourceError if nothing is there to train on, WeightsError if `init` or the
+    checkpoint cannot be used.
     """
     if (minutes is None) == (steps is None):
         raise ValueError("give either minutes or steps")
+    if not all(length > 0 for length in (minutes, steps) if length is not None):
+        raise ValueError("a run takes more than 0 minutes or steps")
     settings = settings or TrainingSettings()
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)

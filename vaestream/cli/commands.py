@@ -1,0 +1,329 @@
+"""The commands: from parsed arguments to an exit code.
+
+What a command needs is imported when it runs, so that the others start fast and without it.
+"""
+
+import argparse
+import importlib.util
+import json
+import logging
+import os
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from vaestream.errors import VaestreamError
+from vaestream.text import shown, size
+
+from .exit_codes import ERROR, OK, SOME_FAILED
+from .wording import json_values, percent_text, row_text, summary_text, window_text
+
+if TYPE_CHECKING:
+    from vaestream.archive.reader import Archive
+
+
+def compress(args: argparse.Namespace) -> int:
+    """`vaestream compress`."""
+    from vaestream.pipeline.job import compress
+
+    from .progress import ProgressLine, Warnings
+
+    if args.dry_run:
+        return _estimate(args)
+    line = ProgressLine()
+    warnings = Warnings(line)
+    logger = logging.getLogger("vaestream")
+    logger.addHandler(warnings)
+    # Threads of a job that is stopped outlive it, and would start Ray anew. Ray reads the variable
+    # when it is imported; programs that the caller starts later are not to inherit it.
+    alone = "RAY_ENABLE_AUTO_CONNECT" not in os.environ
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+    try:
+        summary = compress(
+            args.sources,
+            args.destination,
+            quality=args.quality,
+            target_bpp=args.target_bpp,
+            target_psnr=args.target_psnr,
+            min_psnr=args.min_psnr,
+            device=args.device,
+            workers=args.workers,
+            gpus_per_worker=args.gpus_per_worker,
+            shard_images=args.shard_images,
+            verify=args.verify,
+            include=args.include,
+            exclude=args.exclude,
+            storage_options=args.storage_options,
+            address=args.address,
+            overwrite=args.overwrite,
+            weights=args.weights,
+            max_pixels=args.max_pixels,
+            max_object_bytes=args.max_object_bytes,
+            effort=args.effort,
+            progress=line.show,
+        )
+    finally:
+        if alone:
+            del os.environ["RAY_ENABLE_AUTO_CONNECT"]
+        logger.removeHandler(warnings)
+        line.end()
+    if args.json:
+        print(json.dumps(summary.to_json()))
+    else:
+        print(summary_text(summary, args.destination))
+    return SOME_FAILED if summary.errors else OK
+
+
+def _estimate(args: argparse.Namespace) -> int:
+    from vaestream.pipeline.compressor import Settings
+    from vaestream.pipeline.estimate import estimate
+    from vaestream.pipeline.prepare import prepare
+
+    _ready_for_codec(args.device)
+    settings = Settings.of(
+        quality=args.quality,
+        target_bpp=args.target_bpp,
+        target_psnr=args.target_psnr,
+        min_psnr=args.min_psnr,
+        max_pixels=args.max_pixels,
+        effort=args.effort,
+    )
+    prepared = prepare(
+        args.sources,
+        args.destination,
+        settings=settings,
+        shard_images=args.shard_images,
+        include=args.include,
+        exclude=args.exclude,
+        storage_options=args.storage_options,
+        overwrite=args.overwrite,
+        weights=args.weights,
+        device=args.device,
+    )
+    told = estimate(prepared, sample=args.sample, max_object_bytes=args.max_object_bytes)
+    if args.json:
+        print(json.dumps(told.to_json()))
+        return OK
+    print(
+        f"nothing written; {told.objects} objects to do, {size(told.source_bytes)}\n"
+        f"{told.sampled} of them tried: {told.photos} photos compressed, "
+        f"{sum(told.kept.values())} kept as their source, {told.errors} with errors"
+    )
+    for reason, count in told.kept.items():
+        print(f"  kept: {reason}: {count}")
+    if told.ratio is not None and told.archive_bytes is not None:
+        print(f"about {size(told.archive_bytes)} in the archive, {told.ratio:.2f} times smaller")
+    if told.bpp is not None:
+        psnr = "" if told.psnr is None else f", {told.psnr:.2f} dB PSNR"
+        print(f"compressed photos: {told.bpp:.3f} bits per pixel{psnr}")
+    print(f"about {told.worker_hours:.1f} hours of one worker here: divide by your workers")
+    return OK
+
+
+def ls(args: argparse.Namespace) -> int:
+    """`vaestream ls`: a row a line."""
+    for row in _open(args).rows():
+        print(json.dumps(json_values(asdict(row))) if args.json else row_text(row))
+    return OK
+
+
+def info(args: argparse.Namespace) -> int:
+    """`vaestream info`: what an archive holds, from its manifest alone."""
+    archive = _open(args)
+    manifest = archive.manifest
+    totals = manifest.totals
+    archive_bytes = sum(part.size for part in manifest.parts)
+    facts: dict[str, Any] = {
+        "url": archive.url,
+        "rows": manifest.num_rows,
+        "photos": totals.photos_vae,
+        "kept": totals.reasons,
+        "errors": totals.errors,
+        "parts": len(manifest.parts),
+        "source_bytes": totals.source_bytes,
+        "archive_bytes": archive_bytes,
+        "ratio": totals.source_bytes / archive_bytes if archive_bytes else None,
+        "bpp": 8 * totals.vae_coded_bytes / totals.vae_pixels if totals.vae_pixels else None,
+        "psnr": totals.psnr_sum / totals.psnr_count if totals.psnr_count else None,
+        "megapixels": totals.vae_pixels / 1e6,
+        "settings": manifest.settings,
+        "model_id": manifest.model_id,
+        "format_version": manifest.version,
+    }
+    if args.json:
+        print(json.dumps(facts))
+        return OK
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {one}" for key, one in value.items() if one is not None)
+        elif name.endswith("_bytes"):
+            value = size(value)
+        elif isinstance(value, float):
+            value = f"{value:.2f}"
+        print(f"{name.replace('_', ' '):15s} {'-' if value in (None, '') else value}")
+    return OK
+
+
+def extract(args: argparse.Namespace) -> int:
+    """`vaestream extract`."""
+    from vaestream.pipeline.extract import extract
+
+    _ready_for_codec(args.device)
+    result = extract(
+        _open(args),
+        args.destination,
+        args.keys,
+        format=args.format,
+        region=args.region,
+        max_size=args.max_size,
+        workers=args.workers,
+        address=args.address,
+        storage_options=args.storage_options,
+    )
+    for key, reason in result.failures.items():
+        print(f"vaestream: {shown(key)}: {shown(reason)}", file=sys.stderr)
+    print(
+        f"{result.decoded} photos decoded, {result.verbatim} objects as they were, "
+        + (f"{result.earlier} written earlier, " if result.earlier else "")
+        + f"{len(result.failures)} not written"
+    )
+    return SOME_FAILED if result.failures else OK
+
+
+def verify(args: argparse.Namespace) -> int:
+    """`vaestream verify`: exit code 1 where any byte is not the one that was written, or any source
+    has no right row."""
+    from vaestream.archive.verify import verify
+    from vaestream.pipeline.stores import options_for
+
+    if args.against:
+        return _prove(args)
+    problems = verify(args.archive, storage_options=options_for(args.archive, args.storage_options))
+    if args.json:
+        print(json.dumps({"problems": [asdict(problem) for problem in problems]}))
+    else:
+        for problem in problems:
+            where = (
+                problem.part if problem.row_key is None else f"{problem.part}: {problem.row_key}"
+            )
+            print(shown(f"{where}: {problem.what}: {problem.detail}"))
+        print(f"{len(problems)} problems" if problems else "whole: every byte is as written")
+    return ERROR if problems else OK
+
+
+def _prove(args: argparse.Namespace) -> int:
+    from vaestream.pipeline.proof import prove
+
+    _ready_for_codec(args.device)
+    live = sys.stderr.isatty()
+    proof = prove(
+        _open(args),
+        args.against,
+        include=args.include,
+        exclude=args.exclude,
+        storage_options=args.storage_options,
+        progress=(lambda now: print(f"\r{now.objects} objects", end="", file=sys.stderr))
+        if live
+        else None,
+    )
+    if live:
+        print(file=sys.stderr)
+    if args.json:
+        print(json.dumps(asdict(proof)))
+        return ERROR if proof.problems else OK
+    for key, problem in proof.problems:
+        print(shown(f"{key}: {problem}"))
+    print(
+        f"{proof.objects} objects of the sources: {proof.photos} decode to the PSNR they claim, "
+        f"{proof.verbatim} are kept byte for byte, {len(proof.problems)} are not proved"
+        + (f"; {proof.unlisted} rows are of other objects" if proof.unlisted else "")
+    )
+    return ERROR if proof.problems else OK
+
+
+def report(args: argparse.Namespace) -> int:
+    """`vaestream report`: the page that a job leaves beside its archive, made again."""
+    from vaestream.pipeline.report import write_report
+
+    _check_device(args.device)
+    print(write_report(_open(args), out=args.out, storage_options=args.storage_options))
+    return OK
+
+
+def train(args: argparse.Namespace) -> int:
+    """`vaestream train`."""
+    from vaestream.training.trainer import train
+
+    _check_device(args.device)
+    path = train(
+        args.photos,
+        out=args.out,
+        init=args.init,
+        minutes=args.minutes,
+        steps=args.steps,
+        device=args.device,
+    )
+    print(path)
+    return OK
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """`vaestream evaluate`."""
+    from vaestream.training.classical import available
+    from vaestream.training.evaluate import evaluate, plot
+
+    _ready_for_codec(args.device)
+    compare = args.compare is not None
+    for module in ["scipy"] * compare + ["matplotlib"] * (args.plot is not None):
+        if importlib.util.find_spec(module) is None:
+            raise VaestreamError(f"{module} is needed for this: pip install 'vaestream[evaluate]'")
+    live = sys.stderr.isatty()
+    result = evaluate(
+        args.photos,
+        weights=args.weights,
+        qualities=args.qualities,
+        beside=available(args.compare) if compare else (),
+        pixels=args.pixels,
+        device=args.device,
+        effort=args.effort,
+        progress=(lambda name: print(name, file=sys.stderr)) if live else None,
+    )
+    windows = args.window or [(29.0, 36.5), (36.0, 40.0)]
+    rates = result.bd_rates(windows) if compare else {}
+    if args.json:
+        document = json.loads(result.to_json())
+        print(json.dumps({**document, "windows": windows, "bd_rates": rates}, indent=1))
+    else:
+        print(result.table())
+        if rates:
+            print("\nBD-rate of vaestream against" + "".join(window_text(w) for w in windows))
+        for name, values in rates.items():
+            print(f"{name:28}" + "".join(percent_text(value) for value in values))
+        if importlib.util.find_spec("pytorch_msssim") is None:
+            print("MS-SSIM needs pytorch-msssim: pip install 'vaestream[evaluate]'")
+    if args.plot is not None:
+        plot(result, args.plot)
+    return OK
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise VaestreamError("device cuda: there is no GPU here that torch can use")
+
+
+def _ready_for_codec(device: str) -> None:
+    """For commands that encode or decode photo after photo in this process."""
+    from vaestream.pipeline.allocator import keep_freed_memory
+
+    _check_device(device)
+    keep_freed_memory()
+
+
+def _open(args: argparse.Namespace) -> "Archive":
+    from vaestream.archive.reader import open_archive
+    from vaestream.pipeline.stores import options_for
+
+    options = options_for(args.archive, args.storage_options)
+    return open_archive(args.archive, device=args.device, storage_options=options)

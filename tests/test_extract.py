@@ -1,6 +1,7 @@
 """Archives back into folders: in parallel, and on after an interruption."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,10 @@ from PIL import Image
 from without_ray import without_ray
 
 import vaestream
+from vaestream.errors import VaestreamError
+from vaestream.pipeline import cluster
 from vaestream.pipeline import extract as module
+from vaestream.pipeline.cluster import Pool
 from vaestream.pipeline.extract import Extracted, extract
 
 NAMES = [f"{i:02}.png" for i in range(10)]
@@ -57,6 +61,38 @@ def test_workers_write_what_one_process_writes(
     with Image.open(tmp_path / "together" / "03.png") as image:
         assert image.size == (96, 72)
     assert {p.stat().st_mtime for p in (tmp_path / "together").rglob("*.*")} == {1_500_000_000}
+
+
+def test_no_two_photos_get_one_name(weights: Path, tmp_path: Path) -> None:
+    names = ["p.jpg", "p.png", "p.jpg.webp", "q.gif", "q.tif", "r", "r.bmp", "s.jpg.png", "s.jpg"]
+    source = fill(tmp_path / "source", names)
+    for number, name in enumerate(["q.gif.png", "p.txt"]):
+        (source / name).write_bytes(f"kept {number}".encode())
+    with without_ray():
+        vaestream.compress(source, tmp_path / "archive", weights=weights, min_psnr=0.0)
+    archive = vaestream.open(str(tmp_path / "archive"))
+    result = extract(archive, str(tmp_path / "out"), format="png")
+    assert (result.decoded, result.verbatim, result.failures) == (9, 2, {})
+    assert len(found := files(tmp_path / "out")) == 11
+    assert found["q.gif.png"] == b"kept 0" and found["p.txt"] == b"kept 1"
+
+
+def test_workers_are_on_the_device_that_is_asked_for(
+    archive: vaestream.Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def plan(*_: object, device: str, **__: object) -> list[Pool]:
+        asked.append(device)
+        raise VaestreamError("enough")
+
+    monkeypatch.setattr(cluster, "ray_session", lambda address: nullcontext(False))
+    monkeypatch.setattr(cluster, "cluster_nodes", lambda: [{"CPU": 1.0, "GPU": 1.0}])
+    monkeypatch.setattr(cluster, "plan_pools", plan)
+    for device in ("auto", "cpu", "cuda", "cuda:1"):
+        with pytest.raises(VaestreamError, match="enough"):
+            extract(archive.to(device), str(tmp_path), workers=1)
+    assert asked == ["auto", "cpu", "cuda", "cuda"]
 
 
 def test_it_goes_on_where_it_was_interrupted(archive: vaestream.Archive, tmp_path: Path) -> None:

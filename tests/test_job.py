@@ -28,7 +28,7 @@ from vaestream.errors import (
     SettingsMismatchError,
     VaestreamError,
 )
-from vaestream.pipeline import cluster, job
+from vaestream.pipeline import cluster, destination, job
 from vaestream.pipeline.cluster import cause_of, plan_pools, run_shards
 from vaestream.pipeline.destination import Destination
 from vaestream.pipeline.job import Progress, Summary
@@ -244,6 +244,44 @@ def test_what_a_run_killed_at_its_very_end_has_left_is_cleared_away(
     assert (archive / ".vaestream-job" / "job.json").exists()
     assert run_here(source, archive).up_to_date
     assert not (archive / ".vaestream-job").exists()
+
+
+def test_a_replacement_that_is_done_but_for_its_clearing_up_replaces_nothing_more(
+    run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = tmp_path / "archive"
+    run_here(fill(tmp_path / "old", ["a.png", "b.png"]), archive)
+    with monkeypatch.context() as patch:
+        patch.setattr(destination, "remove", lambda *_: None)
+        patch.setattr(Destination, "clear", lambda self: None)
+        run_here(fill(tmp_path / "new", ["c.png", "d.png"], 2), archive, overwrite=True)
+    assert len(list(archive.glob("part-*"))) == 2
+    run_here(fill(tmp_path / "more", ["e.png"], 4), archive)
+    assert list(vaestream.open(str(archive))) == ["c.png", "d.png", "e.png"]
+    assert len(list(archive.glob("part-*"))) == 2
+    assert not (archive / ".vaestream-job").exists()
+    assert verify(str(archive)) == []
+
+
+def test_a_replacement_that_was_interrupted_goes_on_if_asked_to_alone(
+    run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = tmp_path / "archive"
+    run_here(fill(tmp_path / "old", ["a.png", "b.png"]), archive)
+    new = fill(tmp_path / "new", ["c.png", "d.png"], 2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Destination, "commit", interrupt)
+        run_here(new, archive, overwrite=True)
+    with pytest.raises(SettingsMismatchError, match="replaces the archive"):
+        run_here(new, archive)
+    assert list(vaestream.open(str(archive))) == ["a.png", "b.png"]
+    run_here(new, archive, overwrite=True)
+    assert list(vaestream.open(str(archive))) == ["c.png", "d.png"]
+    assert len(list(archive.glob("part-*"))) == 1
+
+
+def interrupt(*_: object, **__: object) -> bool:
+    raise KeyboardInterrupt
 
 
 def test_a_part_that_is_missing_is_not_forgotten(run_here: Run, tmp_path: Path) -> None:

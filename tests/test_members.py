@@ -1,7 +1,10 @@
 """Photos inside tars, zips and Parquet files, and those that lists name."""
 
+import functools
 import io
+import random
 import tarfile
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +19,7 @@ from without_ray import without_ray
 import vaestream
 from vaestream.archive import retries
 from vaestream.errors import SourceError
+from vaestream.pipeline import members
 from vaestream.pipeline.fetch import Fetched, fetch_all
 from vaestream.pipeline.job import Summary
 from vaestream.pipeline.listing import list_sources
@@ -85,6 +89,24 @@ def test_a_zip_stands_for_its_members(tmp_path: Path, method: int) -> None:
     assert contents(read(make_zip(tmp_path / "photos.ZIP", method))) == FILES
 
 
+def test_a_compressed_tar_gives_all_of_its_last_member(tmp_path: Path) -> None:
+    for seed, size in enumerate((8296, 8402, 28598)):
+        data = random.Random(seed).randbytes(size)
+        path = make_tar(tmp_path / "x.tar.gz", "w:gz", {"a.bin": data[::-1], "b.bin": data})
+        assert contents(read(path)) == {"a.bin": data[::-1], "b.bin": data}
+
+
+def test_members_of_one_name_come_out_as_they_went_in(tmp_path: Path) -> None:
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(3):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                archive.writestr("a.png", png(number))
+    found = contents(read(path))
+    assert found == {"a.png": png(0), "a~2.png": png(1), "a~3.png": png(2)}
+
+
 def test_shards_of_a_glob_keep_their_names_and_in_a_folder_they_are_objects(
     tmp_path: Path,
 ) -> None:
@@ -110,7 +132,9 @@ def test_odd_members_are_renamed_or_told_of_by_rule(tmp_path: Path) -> None:
         add(tar, "d/link.png", type=tarfile.SYMTYPE, linkname="../twice.png")
         add(tar, "hard.png", type=tarfile.LNKTYPE, linkname="twice.png")
         add(tar, "away.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add(tar, "latin.png", type=tarfile.SYMTYPE, linkname="caf\udce9.png")
         add(tar, "pipe", type=tarfile.FIFOTYPE)
+        add(tar, "late.png", b"late", mtime=10**15)
     found = read(path)
     assert contents(found) == {
         "%2E%2E/%2E%2E/x.png": b"up",
@@ -120,10 +144,14 @@ def test_odd_members_are_renamed_or_told_of_by_rule(tmp_path: Path) -> None:
         "d/link.png": b"two",
         "hard.png": b"two",
         "away.png": None,
+        "latin.png": None,
         "pipe": None,
+        "late.png": b"late",
     }
     assert "link to /etc/passwd" in (found["away.png"].error or "")
+    assert "link to caf%E9.png" in (found["latin.png"].error or "")
     assert "neither a file nor a link" in (found["pipe"].error or "")
+    assert found["late.png"].item.version.mtime is None
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
@@ -175,6 +203,37 @@ def test_an_encrypted_or_damaged_zip_member_is_an_error_of_its_own(tmp_path: Pat
     assert "encrypted" in (found["sub/b.json"].error or "")
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_compressed_zip_member_is_an_error_of_its_own(
+    tmp_path: Path, method: int
+) -> None:
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("a.png", FILES["a.png"])
+    data = bytearray(path.read_bytes())
+    data[60:120] = bytes(60)
+    path.write_bytes(data)
+    assert "cannot be read" in (read(path)["a.png"].error or "")
+
+
+def test_a_tar_cut_in_its_first_block_is_kept_as_it_is(tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "cut.tar.gz", "w:gz")
+    data = path.read_bytes()[:40]
+    path.write_bytes(data)
+    assert contents(read(path)) == {"cut.tar.gz": data}
+
+
+def test_no_room_to_unpack_a_tar_in_is_no_fault_of_its_members(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_tar(tmp_path / "x.tar.gz", "w:gz")
+    (tmp_path / "plain.png").write_bytes(png(1))
+    full = functools.partial(open, "/dev/full", "r+b", buffering=0)
+    monkeypatch.setattr(members.tempfile, "TemporaryFile", lambda **_: full())
+    with pytest.raises(SourceError, match="no room to unpack"):
+        read(tmp_path / "plain.png", path)
+
+
 @pytest.mark.parametrize("name", ["no.tar", "no.tar.gz", "no.zip"])
 def test_what_only_has_the_name_of_a_container_is_kept_as_it_is(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"something else entirely" * 100)
@@ -185,8 +244,8 @@ def test_a_bomb_in_a_zip_is_not_unpacked(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb", bytes(50_000_000))
     objects = list(listing := list_sources([str(tmp_path / "x.zip")]))
-    stores, members = listing.stores, MemberReader()
-    (got,) = fetch_all(objects, stores, members=members, max_object_bytes=1_000_000)
+    limits: dict[str, Any] = {"max_object_bytes": 1_000_000}
+    (got,) = fetch_all(objects, listing.stores, members=MemberReader(), **limits)
     assert got.data is None and "50000000 bytes" in (got.error or "")
 
 
@@ -242,6 +301,16 @@ def test_a_list_stands_for_what_it_names(tmp_path: Path, kind: str) -> None:
     if kind in ("txt", "parquet"):
         expected["gone.png"] = None  # type: ignore[assignment]
     assert found == expected
+
+
+def test_a_list_is_refused_where_only_secrets_tell_objects_apart(tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    path = tmp_path / "list.txt"
+    path.write_text("http://h/get?design=1&key=1\nhttp://h/get?design=2&key=1\n")
+    assert len(list(list_sources([str(path)]))) == 2
+    path.write_text("http://h/get?key=1\nhttp://h/get?key=2\nhttp://h/get?key=1\n")
+    with pytest.raises(SourceError, match="would both be kept as 'h/get'"):
+        list(list_sources([str(path)]))
 
 
 def test_a_text_beside_photos_is_no_list(tmp_path: Path) -> None:

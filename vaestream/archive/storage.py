@@ -27,7 +27,11 @@ _ATOMIC_PROTOCOLS = frozenset(
 _TEMPORARY_PREFIX, _TEMPORARY_SUFFIX = ".writing-", ".tmp"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _PASSWORD = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*://)[^/?#@:]*:[^/?#@]*@")
-_SECRET = re.compile(r"sig|token|credential|policy|expires|key", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(?<![a-z])sig(?![a-z])|signature|token|credential|policy|expires|secret|password|key(?!word)",
+    re.IGNORECASE,
+)
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
 _GAP_BYTES = 8 << 10
 _CHAIN = re.compile(rf"::{_SCHEME.pattern}")
 
@@ -40,13 +44,19 @@ def protocol_of(url: str) -> str:
 
 def public_url(url: str) -> str:
     """`url` without what must not be told: a password in front of the host, and of http(s) the
-    parameters that sign a request (a name with sig, token, credential, policy, expires or key)."""
+    parameters that sign a request (a name with signature, token, credential, policy, expires,
+    secret, password or key, or with sig as a word)."""
     url = _PASSWORD.sub(r"\1", url)
     head, mark, query = url.partition("?")
     if not mark or protocol_of(url) not in ("http", "https"):
         return url
     told = [one for one in query.split("&") if not _SECRET.search(one.partition("=")[0])]
     return f"{head}?{'&'.join(told)}" if told else head
+
+
+def public_text(text: str) -> str:
+    """`text`, each URL in it as `public_url` tells it: what a store says may hold one."""
+    return _URL.sub(lambda match: public_url(match[0]), text)
 
 
 def is_chained(url: str) -> bool:

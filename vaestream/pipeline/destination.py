@@ -5,10 +5,10 @@ continued with the same, the attempts at its shards, and which drivers are at wo
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -59,6 +59,8 @@ class Destination:
     manifest: Manifest | None = None
     replace: bool = False
     _names: list[str] = field(default_factory=list)
+    _left: set[str] = field(default_factory=set)
+    """Parts of an archive that has been replaced, where that job did not get to remove them."""
 
     @classmethod
     def open(
@@ -86,11 +88,22 @@ class Destination:
                     raise
         wanted = {"settings": settings, "model_id": model_id}
         running = _read_record(fs, root)
-        replace = overwrite
-        if running is not None and running.pop("replace"):
-            replace = replace or running == wanted
-        found = running
-        if found is None and manifest is not None:
+        left: set[str] = set()
+        if running is not None and running.replace and manifest is not None:
+            if running.over != manifest.index_sha256:
+                # That job's archive stands there; only what it replaced may still lie about.
+                left = {name for name in names if _part_id(name)}
+                left -= {part.name for part in manifest.parts}
+                running = None
+            elif not overwrite:
+                raise SettingsMismatchError(
+                    f"{shown(fs, root)}: a job that replaces the archive there has not ended: "
+                    "overwrite, to go on with it"
+                )
+        found: dict[str, Any] | None = None
+        if running is not None:
+            found = {"settings": running.settings, "model_id": running.model_id}
+        elif manifest is not None:
             found = {"settings": manifest.settings, "model_id": manifest.model_id}
         if not overwrite:
             if found is not None and found != wanted:
@@ -100,7 +113,8 @@ class Destination:
                     f"{shown(fs, root)}: holds parts of an archive, but neither {MANIFEST} "
                     "nor the record of a job; choose another destination, or overwrite"
                 )
-        return cls(fs, root, settings, model_id, manifest, replace, names)
+        names = [name for name in names if name not in left]
+        return cls(fs, root, settings, model_id, manifest, overwrite, names, left)
 
     def work(self, objects: Iterable[SourceObject], cutter: Cutter) -> Work:
         """Divide `objects` into what the archive holds already and shards of what is to be done."""
@@ -128,21 +142,23 @@ class Destination:
 
     def begin(self, model: bytes) -> None:
         """Record the job and lay down the model, which workers load from here."""
-        record = {
-            "settings": self.settings,
-            "model_id": self.model_id,
-            "replace": self.replace,
-        }
-        put_bytes(self.fs, join(self.root, _RECORD), json.dumps(record, indent=1).encode())
+        over = self.manifest.index_sha256 if self.replace and self.manifest else None
+        record = _Record(self.settings, self.model_id, self.replace, over)
+        text = json.dumps(asdict(record), indent=1)
+        put_bytes(self.fs, join(self.root, _RECORD), text.encode())
         write_model(self.fs, self.root, model)
 
     def commit(
-        self, parts: Sequence[PartInfo], *, dropped: Iterable[str] = (), alone: bool = True
+        self,
+        parts: Sequence[PartInfo],
+        *,
+        dropped: Iterable[str] = (),
+        alone: Callable[[], bool] = lambda: True,
     ) -> bool:
         """Make an archive of `parts`: the index, then the manifest, then clear away what is no
         longer part of it, `dropped` too.
 
-        alone: whether no other job is at work on this destination; one that is keeps its files.
+        alone: whether no other job is at work on this destination now; one that is keeps its files.
         False, and nothing is done, where another job has committed or removed parts meanwhile that
         don't go with these: open the destination anew then, and do what is left.
         """
@@ -164,14 +180,14 @@ class Destination:
             model_id=self.model_id,
             parts=parts,
             index_sha256=index_sha256,
-            alone=alone,
+            alone=alone(),
         )
         stays = {part.name for part in parts}
         old = self.manifest.parts if self.manifest else ()
-        replaced = {*dropped, *(part.name for part in old)}
+        replaced = {*dropped, *(part.name for part in old), *self._left}
         if self.replace:
             replaced |= set(self._names)
-        if alone:
+        if alone():
             replaced |= self._doubled(parts, replaced)
         for name in replaced:
             if _part_id(name) and name not in stays:
@@ -182,7 +198,10 @@ class Destination:
         return True
 
     def clear(self) -> None:
-        """Remove what only a running job needs; call it when none is."""
+        """Remove what only a running job needs, and has left; call it when none is."""
+        stays = {part.name for part in self.manifest.parts} if self.manifest else set()
+        for name in self._left - stays:
+            remove(self.fs, join(self.root, name))
         remove_folder(self.fs, join(self.root, JOB_FOLDER))
 
     def _manifest_now(self) -> Manifest | None:
@@ -238,10 +257,19 @@ class Destination:
             return [part for part in found if part is not None]
 
 
-def _read_record(fs: AbstractFileSystem, root: str) -> dict[str, Any] | None:
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """What a running job does. over: index_sha256 of the archive that it replaces, if it does."""
+
+    settings: dict[str, Any]
+    model_id: str
+    replace: bool
+    over: str | None = None
+
+
+def _read_record(fs: AbstractFileSystem, root: str) -> _Record | None:
     try:
-        record = json.loads(read_bytes(fs, join(root, _RECORD)))
-        return {name: record[name] for name in ("settings", "model_id", "replace")}
+        return _Record(**json.loads(read_bytes(fs, join(root, _RECORD))))
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:

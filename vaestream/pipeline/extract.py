@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -89,8 +90,8 @@ def extract(
     of each compressed photo, or a smaller one, as `Archive.read` does.
 
     More than 256 rows are divided among the workers of a Ray job, as many as `cluster.plan_pools`
-    says; fewer, or with workers=0 all, are written by this process. Run again after an interruption
-    with the same archive, keys and settings, it goes on where it was.
+    says, on the archive's device; fewer, or with workers=0 all, are written by this process. Run
+    again after an interruption with the same archive, keys and settings, it goes on where it was.
 
     Errors: ArchiveError for a key that is not there, and for a destination that cannot be written
     or is full; what is wrong with single rows is in the result.
@@ -121,11 +122,13 @@ def _in_turn(
     if workers == 0 or (len(chunks) <= 1 and workers is None and address is None):
         yield from map(writer.write, chunks)
         return
-    from vaestream.pipeline.cluster import cluster_nodes, map_rows, plan_pools, ray_session
+    from vaestream.pipeline.cluster import Device, cluster_nodes, map_rows, plan_pools, ray_session
 
     rows = [{"keys": json.dumps(chunk)} for chunk in chunks]
     with ray_session(address):
-        (pool, *_) = plan_pools(cluster_nodes(), shards=len(chunks), workers=workers)
+        device = writer.archive.device
+        kind: Device = "auto" if device == "auto" else "cpu" if device == "cpu" else "cuda"
+        (pool, *_) = plan_pools(cluster_nodes(), shards=len(chunks), device=kind, workers=workers)
         for row in map_rows(_ExtractWorker, (writer, pool.device), rows, pool, None):
             told = json.loads(row["told"])
             if "error" in told:
@@ -195,7 +198,6 @@ class _Names:
 
     def __init__(self, archive: Archive, format: Format | None) -> None:
         self._format = format
-        self._taken: Counter[str] | None = None
         self._archive = archive
 
     def format_of(self, row: RowInfo) -> Literal["png", "jpeg", "webp"]:
@@ -213,13 +215,22 @@ class _Names:
         endings = _ENDINGS[self.format_of(row)]
         if path.lower().endswith(endings):
             return path
-        short = _stem(path) + endings[0]
-        return short if self._count(_stem(path)) == 1 else path + endings[0]
+        stem = _stem(path)
+        # A path with the same stem, or that is it, may get that name behind its own ending.
+        if self._stems[stem] == 1 and stem not in self._paths:
+            return stem + endings[0]
+        path += endings[0]
+        while path in self._paths:
+            path += endings[0]
+        return path
 
-    def _count(self, stem: str) -> int:
-        if self._taken is None:
-            self._taken = Counter(_stem(safe_key(key)) for key in self._archive)
-        return self._taken[stem]
+    @cached_property
+    def _paths(self) -> frozenset[str]:
+        return frozenset(map(safe_key, self._archive))
+
+    @cached_property
+    def _stems(self) -> Counter[str]:
+        return Counter(map(_stem, self._paths))
 
 
 def _stem(path: str) -> str:

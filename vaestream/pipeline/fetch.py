@@ -4,13 +4,15 @@ from collections import deque
 from collections.abc import Iterator, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from fsspec import AbstractFileSystem
 
-from vaestream.archive.retries import UNKNOWN_BYTES, may_pass, retrying
+from vaestream.archive.retries import LISTING_SECONDS, UNKNOWN_BYTES, may_pass, retrying
+from vaestream.archive.storage import public_text
 from vaestream.errors import SourceError
 from vaestream.pipeline.members import MemberError, MemberReader
-from vaestream.pipeline.plan import SourceObject
+from vaestream.pipeline.plan import SourceObject, Span
 from vaestream.text import describe
 
 _UNKNOWN_SIZE = 16 << 20
@@ -48,7 +50,8 @@ def fetch_all(
 
     Errors: SourceError where it is the store that fails, so that no row says that it is the photo:
     when an object that could be read before no longer can; and when none has been read and those
-    that are asked for next cannot be read either, for want of permission or of an answer.
+    that are asked for next cannot be read either, for want of permission or of an answer. And where
+    a compressed tar finds no room here.
     """
     waiting: deque[tuple[SourceObject, int, Future[bytes]]] = deque()
     rest = deque(objects)
@@ -74,9 +77,11 @@ def fetch_all(
                     fetched = Fetched(item, None, str(error))
                 except MemberError as error:
                     fetched = Fetched(item, None, f"cannot be read: {error}")
+                except SourceError:
+                    raise
                 except Exception as error:  # every store has errors of its own
                     # A store may tell the path as it was given: with a signature, say.
-                    told = describe(error).replace(item.path, item.url)
+                    told = public_text(describe(error).replace(item.path, item.url))
                     text = f"cannot be read: {told}"
                     fetched = Fetched(item, None, text)
                     others = [(i, f) for i, _, f in waiting if i.store == item.store]
@@ -108,7 +113,7 @@ def _store_fault(
         try:
             retrying(fs, lambda: fs.cat_file(witness.path, start=0, end=1))
         except Exception as second:  # every store has errors of its own
-            return f"nor can {witness.url} any longer: {describe(second)}"
+            return f"nor can {witness.url} any longer: {public_text(describe(second))}"
         return None
     refused = isinstance(error, PermissionError)
     if not (refused or may_pass(error)):
@@ -140,12 +145,17 @@ def _read(
         return bytes(fs.cat_file(item.path))
 
     num_bytes = UNKNOWN_BYTES if size is None else size
-    data = retrying(fs, read, num_bytes=num_bytes)
+    # Before the first member of a compressed tar comes all of it, whose size is not known here.
+    whole = isinstance(item.member, Span) and item.member.compressed
+    read_again = partial(
+        retrying, fs, read, num_bytes=num_bytes, seconds=LISTING_SECONDS if whole else None
+    )
+    data = read_again()
     for _ in range(_READINGS):
         if size is None or len(data) == size:
             break
         # Cut short on its way, or changed since it was listed: then it comes the same way again.
-        size, data = len(data), retrying(fs, read, num_bytes=num_bytes)
+        size, data = len(data), read_again()
     if len(data) > max_object_bytes:
         raise TooLargeError(_too_large(len(data), max_object_bytes))
     return data

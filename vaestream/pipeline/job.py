@@ -218,16 +218,15 @@ def compress(
             with lease.turn():
                 # It tells of the archive that stood here, and a kill may come before the next one.
                 remove(place.fs, join(place.root, REPORT))
-                if place.commit(
-                    [*work.parts, *made], dropped=work.dropped, alone=not lease.others()
-                ):
+                parts = [*work.parts, *made]
+                if place.commit(parts, dropped=work.dropped, alone=lease.alone):
                     break
         else:
             raise ArchiveError(
                 f"{prepared.url}: other jobs commit to it time and again; run again later"
             )
     # Also where there was nothing to do: the run before may have been killed just before this.
-    if not (lease or Lease(place.fs, place.root, crew.run_id)).others():
+    if (lease or Lease(place.fs, place.root, crew.run_id)).alone():
         place.clear()
     assert place.manifest is not None
     seconds = time.monotonic() - begin

@@ -79,6 +79,10 @@ class Lease:
                     found.append(Driver(str(note["host"]), int(note["pid"]), bool(note["commits"])))
         return found
 
+    def alone(self) -> bool:
+        """Whether there are none."""
+        return not self.others()
+
     @contextmanager
     def turn(self) -> Iterator[None]:
         """A block for one driver at a time; the others wait for it.

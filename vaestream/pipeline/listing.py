@@ -24,7 +24,7 @@ from vaestream.archive.retries import LISTING_SECONDS, may_pass, retrying
 from vaestream.archive.storage import public_url
 from vaestream.errors import SourceError
 from vaestream.pipeline.members import is_container, list_members, member_url
-from vaestream.pipeline.plan import SourceObject, Version, escape, safe_key
+from vaestream.pipeline.plan import SourceObject, Version, escape, safe_key, utc
 from vaestream.pipeline.stores import protocol_of, store_of
 from vaestream.pipeline.tables import is_list, is_parquet, listed_urls, parquet_kind
 
@@ -132,7 +132,7 @@ def _objects(
     exclude: Sequence[str],
     storage_options: Mapping[str, Any] | None,
 ) -> Iterator[SourceObject]:
-    urls: set[bytes] = set()
+    places: set[bytes] = set()
     keys: set[bytes] = set()
     count = 0
     for source, prefix in zip(sources, prefixes, strict=True):
@@ -142,16 +142,18 @@ def _objects(
                 continue
             key = prefix + item.key
             if len(sources) > 1 or source.kind in ("glob", "list"):
-                # Only sources that overlap, globs with ** and lists have anything twice.
-                url, mark = _digest(item.url), _digest(key)
-                if url in urls:
+                # Only sources that overlap, globs with ** and lists have anything twice. What the
+                # URL does not tell may be all that two objects differ in.
+                place = _digest(f"{item.store} {item.path}\n{item.member}")
+                mark = _digest(key)
+                if place in places:
                     continue
                 if mark in keys:
                     raise SourceError(
                         f"{item.url} and an object before it would both be kept as {key!r}: "
                         "compress their common folder, or each into an archive of its own"
                     )
-                urls.add(url)
+                places.add(place)
                 keys.add(mark)
             if not _selected(key, include, exclude):
                 listing.left_out += 1
@@ -429,13 +431,13 @@ def _version(info: Info) -> Version:
 
 
 def _utc(value: object) -> datetime | None:
-    try:
-        if isinstance(value, int | float):
-            return datetime.fromtimestamp(value, UTC)
-        if isinstance(value, str):
+    if isinstance(value, int | float):
+        return utc(value)
+    if isinstance(value, str):
+        try:
             value = datetime.fromisoformat(value)
-    except (ValueError, OverflowError, OSError):
-        return None
+        except ValueError:
+            return None
     if not isinstance(value, datetime):
         return None
     return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)

@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import IO, Any, Literal
 
 import pyarrow as pa
@@ -22,13 +22,25 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
 from vaestream.archive.storage import RangeFile, file_size
-from vaestream.pipeline.plan import Cell, Member, SourceObject, Span, ZipMember, escape
+from vaestream.errors import SourceError
+from vaestream.pipeline.plan import Cell, Member, SourceObject, Span, ZipMember, escape, utc
 from vaestream.pipeline.tables import PARQUET_ENDING, image_cells
 
 _TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 _ZIP_ENDING = ".zip"
 _BLOCK_BYTES = 256 << 10
 """Read ahead in a container: more than a header, less than most photos."""
+
+
+_DAMAGED_ZIP = (
+    zipfile.BadZipFile,
+    NotImplementedError,
+    RuntimeError,
+    EOFError,
+    IndexError,
+    zlib.error,
+    lzma.LZMAError,
+)
 
 
 class MemberError(Exception):
@@ -126,17 +138,14 @@ class MemberReader:
         with self._lock:
             file: IO[bytes] | None = self._held(item, "tar")
             if file is None:
-                file = tempfile.TemporaryFile(prefix="vaestream-")  # noqa: SIM115
-                self._hold(item, "tar", file)
+                # Without a buffer: it is read past Python's file object.
+                file = tempfile.TemporaryFile(prefix="vaestream-", buffering=0)  # noqa: SIM115
                 try:
-                    with _open(fs, item.path) as packed, _decompressed(packed) as stream:
-                        # A little at a time: what comes before damage is good.
-                        while chunk := stream.read1(_BLOCK_BYTES):
-                            file.write(chunk)
-                except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-                    if isinstance(error, OSError) and error.errno is not None:
-                        self._drop()  # of the store or the disk, not of the tar
-                        raise
+                    _unpack(fs, item, file)
+                except BaseException:
+                    file.close()
+                    raise
+                self._hold(item, "tar", file)
             return os.pread(file.fileno(), end - start, start)
 
     def _from_zip(
@@ -148,10 +157,16 @@ class MemberReader:
                 archive = zipfile.ZipFile(_open(fs, item.path))
                 self._hold(item, "zip", archive)
             try:
-                with archive.open(member.name) as stream:
+                # By what the directory says of it, not by its name: another may have the same.
+                info = archive.infolist()[member.number]
+                with archive.open(info) as stream:
                     return stream.read(max_bytes + 1)
-            except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+            except _DAMAGED_ZIP as error:
                 raise MemberError(str(error)) from error
+            except OSError as error:
+                if info.compress_type == zipfile.ZIP_BZIP2 and error.errno is None:
+                    raise MemberError(str(error)) from error
+                raise
 
     def _from_cell(self, fs: AbstractFileSystem, item: SourceObject, cell: Cell) -> bytes:
         with self._lock:
@@ -187,6 +202,31 @@ def _open(fs: AbstractFileSystem, path: str) -> IO[bytes]:
     return file
 
 
+def _unpack(fs: AbstractFileSystem, item: SourceObject, file: IO[bytes]) -> None:
+    """The tar's own bytes, as far as it is whole, into a temporary file.
+
+    Errors: SourceError where this machine has no room for them, and what the store raises.
+    """
+    try:
+        with _open(fs, item.path) as packed, _decompressed(packed) as stream:
+            # A little at a time: what comes before damage is good.
+            while chunk := stream.read1(_BLOCK_BYTES):
+                _append(file, chunk)
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the store, not of the tar
+
+
+def _append(file: IO[bytes], data: bytes) -> None:
+    left = memoryview(data)
+    try:
+        while left:
+            left = left[file.write(left) :]
+    except OSError as error:
+        folder = tempfile.gettempdir()
+        raise SourceError(f"{folder}: no room to unpack a compressed tar in: {error}") from error
+
+
 def _decompressed(file: IO[bytes]) -> gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile:
     """A stream of the tar's own bytes."""
     magic = file.read(6)
@@ -201,7 +241,7 @@ def _decompressed(file: IO[bytes]) -> gzip.GzipFile | bz2.BZ2File | lzma.LZMAFil
 def _in_tar(file: IO[bytes], path: str) -> Iterator[Found]:
     try:
         tar = tarfile.open(fileobj=file, mode="r:*")  # noqa: SIM115
-    except tarfile.ReadError:
+    except (tarfile.ReadError, EOFError, zlib.error):
         yield Found(path.rpartition("/")[2], "", None)
         return
     compressed = tar.fileobj is not file
@@ -227,7 +267,8 @@ def _in_tar(file: IO[bytes], path: str) -> Iterator[Found]:
                 folder = info.name.rpartition("/")[0] if info.issym() else ""
                 target = os.path.normpath(os.path.join(folder, info.linkname))
                 place = places.get(target)
-                problem = None if place else f"is a link to {target}, which does not come before it"
+                if place is None:
+                    problem = f"is a link to {escape(target)}, which does not come before it"
             elif place is None or info.issparse():
                 place, problem = None, "is neither a file nor a link"
             if place is not None:
@@ -237,7 +278,7 @@ def _in_tar(file: IO[bytes], path: str) -> Iterator[Found]:
                 "tar",
                 Span(*place, compressed) if place else None,
                 place[1] if place else None,
-                datetime.fromtimestamp(info.mtime, UTC) if info.mtime else None,
+                utc(info.mtime) if info.mtime else None,
                 problem,
             )
             problem = None
@@ -261,9 +302,9 @@ def _in_zip(file: IO[bytes], path: str) -> Iterator[Found]:
         yield Found(path.rpartition("/")[2], "", None)
         return
     with archive:
-        for info in archive.infolist():
+        for number, info in enumerate(archive.infolist()):
             if info.is_dir():
                 continue
             problem = "is encrypted" if info.flag_bits & 1 else None
-            member = ZipMember(info.filename)
+            member = ZipMember(number, info.filename)
             yield Found(info.filename, "zip", member, info.file_size, problem=problem)

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 
@@ -43,8 +43,9 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class ZipMember:
-    """A member of a zip, by its name there."""
+    """A member of a zip: its number there, and its name, which another may have too."""
 
+    number: int
     name: str
 
 
@@ -138,6 +139,14 @@ class Cutter:
             decisive.append(base)
         text = json.dumps(decisive, sort_keys=True)
         return Shard(hashlib.sha256(text.encode()).hexdigest()[:32], tuple(ordered), base)
+
+
+def utc(seconds: float) -> datetime | None:
+    """A time since 1970; None for what is no time that a calendar knows."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC)
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 def escape(text: str) -> str:

@@ -64,8 +64,8 @@ def read_archive(
     keys: which photos, by default all that have no error and are pictures. filter: a pyarrow
     expression over the columns of the archive's index, such as `pc.field("width") > 2000`: rows
     that it leaves out are not read. columns: further fields of `RowInfo`. decode: `image` is a
-    uint8 array, (H, W, 3) or (H, W); otherwise its bytes as the archive keeps them. region,
-    max_size: see `Archive.read`.
+    uint8 array, (H, W, 3), or (H, W, 1) of a gray photo; otherwise its bytes as the archive keeps
+    them. region, max_size: see `Archive.read`.
 
     Blocks are cut by the bytes that they will have, `DataContext.target_max_block_size`, and hold
     neighbours of the archive. Errors: ValueError for a column that is not there, or a region that
@@ -196,7 +196,7 @@ class _Read:
             rows[name] = [getattr(self._archive.row(key), name) for key in keys]
         if self._decode:
             pictures = self._archive.read(keys, region=self._region, max_size=self._max_size)
-            rows["image"] = _column(pictures)
+            rows["image"] = _picture_column(pictures)
         else:
             rows["image"] = _column(self._archive.blobs(keys))
         yield BlockAccessor.batch_to_block(rows)
@@ -209,11 +209,24 @@ def _column(values: list[Any]) -> "np.ndarray[Any, Any]":
     return column
 
 
+def _picture_column(pictures: Iterable["np.ndarray[Any, Any]"]) -> "np.ndarray[Any, Any]":
+    """Likewise of pictures. Ray joins blocks only where all have equally many dimensions, so gray
+    ones get a third here, which `_squeezed` takes off."""
+    return _column([picture[:, :, None] if picture.ndim == 2 else picture for picture in pictures])
+
+
+def _squeezed(picture: Any) -> "np.ndarray[Any, Any]":
+    """A picture as the codec takes it: (H, W, 1) as (H, W)."""
+    pixels = np.asarray(picture)
+    return pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
+
+
 class Decode:
     """For `map_batches` on actors: a column of bitstreams becomes one of pictures.
 
     source: an archive, whose model is taken; or None for the shipped weights. region, max_size: see
     `Codec.decode`. What is no bitstream (a kept source) is decoded by Pillow, to RGB or gray.
+    Pictures are uint8, (H, W, 3), or (H, W, 1) where they are gray.
     """
 
     def __init__(
@@ -235,7 +248,7 @@ class Decode:
 
     def __call__(self, batch: Batch) -> Batch:
         pictures = [self._picture(bytes(data)) for data in batch[self._column]]
-        return {**batch, self._column: _column(pictures)}
+        return {**batch, self._column: _picture_column(pictures)}
 
     def _picture(self, data: bytes) -> "np.ndarray[Any, Any]":
         if not data.startswith(MAGIC):
@@ -249,7 +262,8 @@ class Decode:
 
 
 class Encode:
-    """For `map_batches` on actors: a column of uint8 pictures becomes one of bitstreams.
+    """For `map_batches` on actors: a column of uint8 pictures, (H, W, 3), (H, W, 1) or (H, W),
+    becomes one of bitstreams.
 
     One of quality (default 50), target_bpp and target_psnr, as `Codec.compress` takes them.
     weights: path or URL of other weights than the shipped ones.
@@ -277,7 +291,7 @@ class Encode:
     def __call__(self, batch: Batch) -> Batch:
         blobs = [
             self._codec.compress(
-                np.asarray(picture), **self._rate, effort=self._effort, measure=False
+                _squeezed(picture), **self._rate, effort=self._effort, measure=False
             ).data
             for picture in batch[self._column]
         ]
@@ -302,10 +316,11 @@ def write_archive(
 ) -> None:
     """Write a dataset as an archive: a row for each of its rows, a part for each write task.
 
-    key, image: columns. An image may be a uint8 array, (H, W, 3) or (H, W), which is compressed; a
-    bitstream of the same model (see `Encode`, for GPUs), which is taken as it is; or the bytes of a
-    file, which becomes what a compress job would make of it, min_psnr included. weights: other than
-    the shipped ones. device: where tasks compress. ray_options: for `Dataset.write_datasink`.
+    key, image: columns. An image may be a uint8 array, (H, W, 3), (H, W, 1) or (H, W), which is
+    compressed; a bitstream of the same model (see `Encode`, for GPUs), which is taken as it is; or
+    the bytes of a file, which becomes what a compress job would make of it, min_psnr included.
+    weights: other than the shipped ones. device: where tasks compress. ray_options: for
+    `Dataset.write_datasink`.
 
     The manifest is written when all tasks have ended; before that there is no archive. The same
     rows in the same blocks give the same bytes. Errors: ArchiveError where an archive stands at
@@ -405,7 +420,7 @@ class _RowEncoder:
                 else self._of_file(key, data)
             )
         try:
-            return self._of_pixels(key, np.ascontiguousarray(image))
+            return self._of_pixels(key, np.ascontiguousarray(_squeezed(image)))
         except ValueError as error:
             raise ArchiveError(f"{key}: {error}") from error
 

@@ -168,6 +168,8 @@ def test_quality_outside_the_range_is_refused(codec: Codec) -> None:
     for quality in (-1, 100.5, float("nan")):
         with pytest.raises(ValueError, match="quality"):
             codec.encode([photo_like(16, 16)], quality)
+    with pytest.raises(ValueError, match="target_psnr"):
+        codec.compress(photo_like(16, 16), target_psnr=float("nan"))
 
 
 def test_the_header_reads_without_a_model(codec: Codec) -> None:
@@ -340,6 +342,9 @@ def test_unusable_weights_are_named(tmp_path: Path) -> None:
     for path in (pickle, tmp_path / "missing.safetensors"):
         with pytest.raises(WeightsError, match=path.name):
             Codec.load(path)
+    for url in ("nonsense://a", "http://127.0.0.1:9/a"):
+        with pytest.raises(WeightsError, match=url):
+            Codec.load(url)
     torn = tmp_path / "torn.safetensors"
     torn.write_bytes((GOLDEN / "context" / "tiny.safetensors").read_bytes()[:5000])
     with pytest.raises(WeightsError, match="torn"):

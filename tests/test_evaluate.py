@@ -76,6 +76,12 @@ def test_classical_codecs_stand_beside(photos: Path, weights: Path, tmp_path: Pa
     assert Image.open(tmp_path / "curves.png").width > 500
 
 
+def test_a_photo_that_another_codec_does_not_take_is_named(tmp_path: Path, weights: Path) -> None:
+    Image.new("RGB", (16400, 64)).save(tmp_path / "long.png")
+    with pytest.raises(SourceError, match=r"long.png: WebP does not take it"):
+        evaluate([tmp_path], weights=weights, qualities=[0], beside=available(["webp"]))
+
+
 def test_large_photos_are_shrunk_on_request(photos: Path, weights: Path) -> None:
     whole = evaluate([photos / "large.png"], weights=weights, qualities=[50])
     shrunk = evaluate([photos / "large.png"], weights=weights, qualities=[50], pixels=9000)

@@ -305,6 +305,10 @@ def test_metadata_that_no_column_holds_is_kept() -> None:
     text = PngInfo()
     text.add_text("parameters", "a photo of otters, " * 50)
     assert reason(encoded(picture(), "PNG", pnginfo=text)) == "long text in PNG chunks"
+    for keyword, packed in (("Raw profile type exif", True), ("XML:com.adobe.xmp", False)):
+        profile = PngInfo()
+        profile.add_text(keyword, "\nexif\n       4\n45786966\n", zip=packed)
+        assert reason(encoded(picture(), "PNG", pnginfo=profile)) == "metadata in PNG text chunks"
     chatter = PngInfo()
     chatter.add_text("Software", "otter editor" * 50)
     assert photo(encoded(picture(), "PNG", pnginfo=chatter))
@@ -444,12 +448,17 @@ def test_bombs_are_refused_before_they_take_memory(tmp_path: Path) -> None:
 
 def test_pillows_own_limit_is_neither_used_nor_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     sources = [encoded(picture(size=(456, 257)), f) for f in ("JPEG", "PNG", "BMP", "PPM")]
+    limited = {f: encoded(picture(size=(456, 257)), f) for f in ("TIFF", "WEBP")}
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with ThreadPoolExecutor(4) as pool:
             results = list(pool.map(lambda data: load(data, name="a"), sources * 5))
     assert all(isinstance(result, Photo) for result in results)
+    for format, data in limited.items():  # whose readers in Pillow know no other
+        large = load(data, name="a")
+        assert isinstance(large, Kept)
+        assert large.reason == f"more than the 80000 pixels that Pillow reads of {format}"
     assert Image.MAX_IMAGE_PIXELS == 40_000
 
 

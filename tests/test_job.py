@@ -390,6 +390,7 @@ def test_what_stands_where_a_part_belongs_is_told_and_no_half_archive_is_left(
     ("options", "reason"),
     [
         ({"quality": 101}, "quality must lie"),
+        ({"min_psnr": float("nan")}, "min PSNR must be"),
         ({"quality": 10, "target_bpp": 1}, "exclude each other"),
         ({"target_psnr": -1}, "positive"),
         ({"shard_images": 0}, "at least 1"),

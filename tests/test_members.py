@@ -4,6 +4,7 @@ import functools
 import io
 import random
 import tarfile
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -19,7 +20,6 @@ from without_ray import without_ray
 import vaestream
 from vaestream.archive import retries
 from vaestream.errors import SourceError
-from vaestream.pipeline import members
 from vaestream.pipeline.fetch import Fetched, fetch_all
 from vaestream.pipeline.job import Summary
 from vaestream.pipeline.listing import list_sources
@@ -229,7 +229,7 @@ def test_no_room_to_unpack_a_tar_in_is_no_fault_of_its_members(
     path = make_tar(tmp_path / "x.tar.gz", "w:gz")
     (tmp_path / "plain.png").write_bytes(png(1))
     full = functools.partial(open, "/dev/full", "r+b", buffering=0)
-    monkeypatch.setattr(members.tempfile, "TemporaryFile", lambda **_: full())
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: full())
     with pytest.raises(SourceError, match="no room to unpack"):
         read(tmp_path / "plain.png", path)
 

@@ -23,6 +23,7 @@ from vaestream.connectors.ray_data import (
 from vaestream.errors import ArchiveError
 
 NAMES = [f"{i:02}.png" for i in range(12)]
+GRAY = [f"gray-{i}.png" for i in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,8 @@ def archive(
     Image.fromarray(pixels(40, 100, 140)).save(source / "large.png")
     alpha = np.dstack([pixels(5), np.full((72, 96), 255, np.uint8)])
     Image.fromarray(alpha).save(source / "kept.png")
+    for number in range(3):
+        Image.fromarray(pixels(number)[:, :, 0]).save(source / f"gray-{number}.png")
     (source / "notes.txt").write_bytes(b"notes")
     (source / "cut.png").write_bytes(png(3)[:1500])
     vaestream.compress(source, folder / "archive", weights=weights, min_psnr=0.0, shard_images=4)
@@ -49,11 +52,27 @@ def by_key(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def test_every_photo_is_read_once_as_the_archive_has_it(archive: vaestream.Archive) -> None:
     found = by_key(read_archive(archive.url, columns=["width", "codec"]).take_all())
-    assert sorted(found) == sorted([*NAMES, "large.png", "kept.png"])
+    assert sorted(found) == sorted([*NAMES, *GRAY, "large.png", "kept.png"])
     for key, expected in zip(found, archive.read(list(found)), strict=True):
-        assert np.array_equal(found[key]["image"], expected)
+        assert np.array_equal(found[key]["image"], np.atleast_3d(expected))
         assert found[key]["width"] == archive.row(key).width
     assert found["kept.png"]["codec"] == "source"
+
+
+def test_gray_and_colour_go_through_ray_together(
+    archive: vaestream.Archive, weights: Path, tmp_path: Path
+) -> None:
+    keys = [*GRAY, *NAMES[:5]]
+    read = read_archive(archive.url, keys=keys, override_num_blocks=len(keys))
+    together = read.repartition(1)
+    found = by_key(together.take_all())
+    for key, expected in zip(keys, archive.read(keys), strict=True):
+        assert np.array_equal(found[key]["image"], np.atleast_3d(expected))
+    (batch,) = read.iter_batches(batch_size=len(keys))
+    assert {picture.shape[2] for picture in batch["image"]} == {1, 3}
+    write_archive(together, str(tmp_path / "copy"), weights=str(weights), min_psnr=0)
+    copy = vaestream.open(str(tmp_path / "copy"))
+    assert [copy.row(key).channels for key in keys] == [1] * 3 + [3] * 5
 
 
 def test_rows_are_pruned_before_they_are_read(archive: vaestream.Archive) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from vaestream.codec.weights_file import Weights, export_weights, import_weights
 from vaestream.errors import SourceError, WeightsError
 from vaestream.training import calibration
 from vaestream.training.coded import CodedCrops
-from vaestream.training.data import load_photos
+from vaestream.training.data import list_photos, load_photos, set_aside
 from vaestream.training.evaluate import evaluate
 from vaestream.training.growth import grown
 from vaestream.training.real_coding import RealCoding
@@ -136,6 +137,43 @@ def test_an_interrupted_run_goes_on(
     )
     assert steps[0] == 30 and steps[-1] == 60
     Codec.load(out, device="cpu")
+
+
+def test_a_run_goes_on_from_no_other_runs_checkpoint(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vaestream.training.trainer._CHECKPOINT_SECONDS", 0.0)
+    start, out = tmp_path / "start.safetensors", tmp_path / "w.safetensors"
+
+    def kill(step: int) -> None:
+        if step == 2:
+            raise _Killed
+
+    quiet: dict[str, Any] = {"steps": 3, "log": lambda _: None}
+    train([photos], out=start, config=CONFIG, settings=SETTINGS, **quiet)
+    with pytest.raises(_Killed):
+        train([photos], out=out, config=CONFIG, settings=SETTINGS, on_step=kill, **quiet)
+    for init, settings in ((start, SETTINGS), (None, replace(SETTINGS, learning_rate=1e-4))):
+        with pytest.raises(WeightsError, match="other weights or with other settings"):
+            train([photos], out=out, init=init, config=CONFIG, settings=settings, **quiet)
+    train([photos], out=out, config=CONFIG, settings=SETTINGS, **quiet)
+
+
+def test_a_rate_may_stay_constant_to_the_end(photos: Path, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, constant=1.0)
+    out = tmp_path / "w.safetensors"
+    train([photos], out=out, steps=100, config=CONFIG, settings=settings, log=lambda _: None)
+    assert out.exists()
+
+
+def test_photos_are_set_aside_among_what_is_none(tmp_path: Path) -> None:
+    for seed in range(8):
+        Image.fromarray(pixels(seed, 96, 128)).save(tmp_path / f"{seed}.jpg")
+        (tmp_path / f"{seed}.CR2").write_bytes(b"raw")
+    files = list_photos([tmp_path])
+    held = set_aside(files, 4, min_side=64)
+    assert [file.name for file in held] == ["0.jpg", "2.jpg", "4.jpg", "6.jpg"]
+    assert set_aside(files, 4, min_side=100) == []
 
 
 def test_weights_train_on(photos: Path, tmp_path: Path) -> None:
@@ -319,6 +357,12 @@ def test_unusable_input_is_named(photos: Path, tmp_path: Path) -> None:
         train([photos / "notes.txt"], out=out, steps=1, log=lambda _: None)
     with pytest.raises(ValueError, match="minutes or steps"):
         train([photos], out=out, log=lambda _: None)
+    with pytest.raises(WeightsError, match="is a folder"):
+        train([photos], out=tmp_path, steps=1, log=lambda _: None)
+    for name, wrong in (("crop", 96), ("crop", 0), ("batch", 0), ("validation_photos", 0)):
+        changed: dict[str, Any] = {name: wrong}
+        with pytest.raises(ValueError, match=name):
+            replace(SETTINGS, **changed)
     (tmp_path / "w.safetensors.checkpoint").write_bytes(b"torn")
     with pytest.raises(WeightsError, match="checkpoint"):
         train([photos], out=out, steps=1, config=CONFIG, settings=SETTINGS, log=lambda _: None)

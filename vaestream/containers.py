@@ -62,6 +62,8 @@ _PNG_CHATTER = re.compile(
     rb"|xml:com\.adobe\.xmp)\Z",
     re.IGNORECASE,
 )
+_PNG_XMP = b"XML:com.adobe.xmp"  # in iTXt; where Pillow does not look for it, elsewhere
+_PNG_PROFILE = re.compile(rb"raw profile type ", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +300,9 @@ def _png(data: bytes) -> Container:
             packed += length
         elif kind in (b"tEXt", b"zTXt", b"iTXt"):
             keyword = data[body : body + length].split(b"\0", 1)[0]
-            if length > _NOTE_BYTES and not _PNG_CHATTER.match(keyword):
+            if _PNG_PROFILE.match(keyword) or (kind != b"iTXt" and keyword == _PNG_XMP):
+                reason = reason or "metadata in PNG text chunks"
+            elif length > _NOTE_BYTES and not _PNG_CHATTER.match(keyword):
                 reason = reason or "long text in PNG chunks"
         elif kind == b"cICP" and not _is_srgb(data[body], data[body + 1]):
             reason = reason or "colour space that no ICC profile states"

@@ -190,7 +190,7 @@ def load(data: bytes, *, name: str, max_pixels: int = 256_000_000) -> Photo | Ke
     except MemoryError:
         raise
     except Image.DecompressionBombError:
-        return _keep_large(image_format, container.size or (None, None), max_pixels)
+        return _beyond_pillow(image_format, container.size or (None, None))
     except Exception as error:  # plugins raise whatever their parsing ran into
         size = container.size or (None, None)
         if container.reason is not None:  # sound as far as can be told, only unknown to Pillow
@@ -207,7 +207,7 @@ def load(data: bytes, *, name: str, max_pixels: int = 256_000_000) -> Photo | Ke
     except MemoryError:
         raise
     except Image.DecompressionBombError:
-        return _keep_large(image_format, size, max_pixels)
+        return _beyond_pillow(image_format, size)
     except Exception as error:  # as above
         return Broken(_describe(image_format, error), image_format, *size)
 
@@ -286,6 +286,14 @@ def _too_large(image_format: str, size: tuple[int, int], max_pixels: int) -> Kep
 
 def _keep_large(image_format: str, size: tuple[int | None, int | None], max_pixels: int) -> Kept:
     return Kept(f"more than {max_pixels} pixels (raise max_pixels to read it)", image_format, *size)
+
+
+def _beyond_pillow(image_format: str, size: tuple[int | None, int | None]) -> Kept:
+    """Some of its readers know no other limit than Pillow's own, which is the process's."""
+    most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+    return Kept(
+        f"more than the {most} pixels that Pillow reads of {image_format}", image_format, *size
+    )
 
 
 def _describe(image_format: str, error: Exception) -> str:

@@ -1,5 +1,6 @@
 """The codec: pictures to bitstreams and back."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -163,6 +164,8 @@ class Codec:
                     self.encoder, image, target_bpp, measure=measure, effort=effort
                 )
             assert target_psnr is not None
+            if math.isnan(target_psnr):
+                raise ValueError("target_psnr is not a number")
             return encode_to_psnr(self.encoder, image, target_psnr, effort=effort)
 
     def decode(
@@ -176,10 +179,11 @@ class Codec:
         """Decode bitstreams to uint8 pictures, (H, W, 3) or (H, W) as they were encoded.
 
         region: left, top, width and height in pixels of the part to decode, from each; time and
-        memory follow from its size. The result is that of decoding all, within a level. max_size:
-        shrink what is longer than that on its longer side, at a cost that falls with the size (see
-        `View.of`). max_pixels: regions beyond are refused before memory is taken, since a few bytes
-        can claim a large picture; None for no limit.
+        memory follow from its size, but for a byte per ten pixels of the whole. The result is that
+        of decoding all, within a level. max_size: shrink what is longer than that on its longer
+        side, at a cost that falls with the size (see `View.of`). max_pixels: regions beyond, and
+        wholes of more than eight times as many, are refused before memory is taken, since a few
+        bytes can claim a large picture; None for no limit.
 
         Raises ModelMismatchError if other weights are needed, BitstreamError if a blob is damaged
         or too large, ValueError if a picture does not have the region.
@@ -213,10 +217,11 @@ class Codec:
                 coded_size=header.coded_size,
             )
             pixels = view.region[2] * view.region[3]
-            if max_pixels is not None and pixels > max_pixels:
+            whole = header.width * header.height
+            if max_pixels is not None and max(pixels, whole / 8) > max_pixels:
                 raise BitstreamError(
                     f"{pixels} pixels of a picture of {header.width}x{header.height} are more than "
-                    f"max_pixels = {max_pixels}"
+                    f"max_pixels = {max_pixels} allows"
                 )
             passes = config.passes[: view.passes(config.passes)]
             tiles = overlapping(header, wanted_latents(config, header, view))
@@ -357,8 +362,9 @@ def _fetch(url: str | os.PathLike[str], storage_options: dict[str, Any] | None) 
     try:
         with fsspec.open(os.fspath(url), "rb", **(storage_options or {})) as file:
             data: bytes = file.read()
-    except OSError as error:
-        raise WeightsError(f"{url}: {error.strerror or error}") from error
+    except Exception as error:  # each store has errors of its own
+        told = getattr(error, "strerror", None) or error or type(error).__name__
+        raise WeightsError(f"{url}: {told}") from error
     return data
 
 

@@ -75,6 +75,8 @@ class Settings:
         for name, value in (("target bpp", target_bpp), ("target PSNR", target_psnr)):
             if value is not None and not 0 < value < float("inf"):
                 raise VaestreamError(f"{name} must be a positive number, not {value:g}")
+        if min_psnr is not None and not math.isfinite(min_psnr):
+            raise VaestreamError(f"min PSNR must be a number, not {min_psnr:g}")
         if max_pixels < 1:
             raise VaestreamError(f"max pixels must be at least 1, not {max_pixels}")
         if effort < 0:

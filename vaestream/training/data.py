@@ -1,8 +1,9 @@
 """Random crops of a photo collection, for training."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,14 @@ def list_photos(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     return sorted(files)
 
 
+def set_aside(files: Sequence[Path], count: int, *, min_side: int) -> list[Path]:
+    """The first photo in each of `count` equal parts of `files`, where there is one."""
+    size = max(1, len(files) // count)
+    parts = (files[start : start + size] for start in range(0, len(files), size))
+    found = (next((f for f in part if _pixels(f, min_side) is not None), None) for part in parts)
+    return [file for file in islice(found, count) if file is not None]
+
+
 def load_photos(files: Iterable[Path], *, min_side: int, max_bytes: int) -> PhotoSet:
     """Decode photos until `max_bytes` of pixels are in memory; what is no photo is passed over.
 
@@ -83,12 +92,9 @@ def load_photos(files: Iterable[Path], *, min_side: int, max_bytes: int) -> Phot
     """
     photos, names, total = [], [], 0
     for file in files:
-        loaded = load(file.read_bytes(), name=str(file))
-        if not isinstance(loaded, Photo) or min(loaded.pixels.shape[:2]) < min_side:
+        pixels = _pixels(file, min_side)
+        if pixels is None:
             continue
-        pixels = loaded.pixels
-        if pixels.ndim == 2:
-            pixels = np.repeat(pixels[:, :, None], 3, axis=2)
         total += pixels.nbytes
         if total > max_bytes:
             break
@@ -97,3 +103,12 @@ def load_photos(files: Iterable[Path], *, min_side: int, max_bytes: int) -> Phot
     if not photos:
         raise SourceError(f"no photo of at least {min_side} pixels a side to train on")
     return PhotoSet(tuple(photos), tuple(names))
+
+
+def _pixels(file: Path, min_side: int) -> NDArray[np.uint8] | None:
+    """(H, W, 3), or None where the file is no photo, or too small a one."""
+    loaded = load(file.read_bytes(), name=str(file))
+    if not isinstance(loaded, Photo) or min(loaded.pixels.shape[:2]) < min_side:
+        return None
+    pixels = loaded.pixels
+    return np.repeat(pixels[:, :, None], 3, axis=2) if pixels.ndim == 2 else pixels

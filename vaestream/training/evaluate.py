@@ -142,7 +142,11 @@ def evaluate(
             measurements.append(_measure(OURS, name, quality, image, decoded, len(blob)))
         for other in beside:
             for value in other.sweep:
-                data = other.encode(image, value)
+                try:
+                    data = other.encode(image, value)
+                except (OSError, ValueError) as error:
+                    told = f"{other.name} does not take it, leave one of them out: {error}"
+                    raise SourceError(f"{name}: {told}") from error
                 decoded = other.decode(data, image.shape)
                 measurements.append(
                     _measure(other.name, name, value, image, decoded, len(data), similarity=False)

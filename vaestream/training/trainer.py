@@ -1,5 +1,6 @@
 """Training: one run over random crops and qualities, resumable at any moment."""
 
+import hashlib
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from vaestream.errors import WeightsError
 
 from .calibration import calibrated_weights
 from .coded import CodedCrops
-from .data import PhotoSet, list_photos, load_photos, stratified
+from .data import PhotoSet, list_photos, load_photos, set_aside, stratified
 from .growth import grown
 from .objective import rate_distortion
 from .real_coding import RealCoding
@@ -73,6 +74,12 @@ class TrainingSettings:
     max_gigabytes: float = 4.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.validation_photos < 1:
+            raise ValueError("batch and validation_photos are at least 1")
+        if self.crop < 64 or self.crop % 64:
+            raise ValueError(f"crop {self.crop} is no multiple of 64")
+
 
 def train(
     photos: Iterable[str | os.PathLike[str]],
@@ -105,6 +112,8 @@ def train(
         raise ValueError("a run takes more than 0 minutes or steps")
     settings = settings or TrainingSettings()
     out = Path(out)
+    if out.is_dir():
+        raise WeightsError(f"{out}: is a folder, where a weights file is to be written")
     out.parent.mkdir(parents=True, exist_ok=True)
     torch_device = torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -128,14 +137,14 @@ def train(
             relax = RealCoding(weights.y_tables, torch_device, model.config.lattice_from)
     model.to(torch_device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    run = _Run(model, relax, settings, minutes, steps, linear_start=init is None)
+    run = _Run(model, relax, settings, minutes, steps, start)
     checkpoint = out.with_name(out.name + ".checkpoint")
     if checkpoint.exists():
         run.restore(checkpoint, torch_device)
         log(f"continuing {checkpoint} at step {run.step}")
 
     files = list_photos(photos)
-    held = files[:: max(1, len(files) // settings.validation_photos)][: settings.validation_photos]
+    held = set_aside(files, settings.validation_photos, min_side=settings.crop)
     if len(files) < 4 * settings.validation_photos:
         held = files  # too few to set any aside
     validation = load_photos(held, min_side=settings.crop, max_bytes=1 << 30)
@@ -198,15 +207,16 @@ class _Run:
         settings: TrainingSettings,
         minutes: float | None,
         steps: int | None,
-        *,
-        linear_start: bool,
+        start: bytes,
     ) -> None:
+        """start: the weights file that the run starts from, empty if from none."""
         self.model = model
         self._relax = relax
         self.settings = settings
         self.limit_seconds = math.inf if minutes is None else minutes * 60
         self.limit_steps = math.inf if steps is None else steps
-        self.linear = settings.linear if linear_start else 0.0
+        self.linear = 0.0 if start else settings.linear
+        self._start = hashlib.sha256(start).hexdigest()
         self.step = 0
         self.seconds = 0.0
         self.rng = np.random.default_rng(settings.seed)
@@ -251,7 +261,7 @@ class _Run:
         s, p = self.settings, self.progress
         if p < s.warmup:
             return (p + 1e-4) / s.warmup
-        if p < s.constant:
+        if p < s.constant or s.constant >= 1:
             return 1.0
         phase = (p - s.constant) / (1 - s.constant)
         return s.final_rate + (1 - s.final_rate) * 0.5 * (1 + math.cos(math.pi * min(phase, 1)))
@@ -316,6 +326,7 @@ class _Run:
         state = {
             "config": asdict(self.model.config),
             "settings": asdict(self.settings),
+            "start": self._start,
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
@@ -330,8 +341,12 @@ class _Run:
         """Continue from `save`. Raises WeightsError if the run there was another one."""
         try:
             state = torch.load(path, map_location=device, weights_only=True)
-            if ModelConfig(**state["config"]) != self.model.config:
-                raise WeightsError(f"{path}: made by a run of another network; remove it first")
+            ours = self.model.config, asdict(self.settings), self._start
+            if (ModelConfig(**state["config"]), state["settings"], state["start"]) != ours:
+                raise WeightsError(
+                    f"{path}: made by a run from other weights or with other settings; remove it "
+                    "first"
+                )
             self.model.load_state_dict(state["model"])
             for optimizer, held in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(held)

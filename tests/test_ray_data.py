@@ -101,7 +101,7 @@ def test_blocks_are_cut_by_decoded_bytes(archive: vaestream.Archive) -> None:
     context.target_max_block_size = 3 * 96 * 72 * 3
     tasks = source.get_read_tasks(1, data_context=context)
     sizes = [task.metadata.size_bytes for task in tasks]
-    assert sum(task.metadata.num_rows or 0 for task in tasks) == 14
+    assert sum(task.metadata.num_rows or 0 for task in tasks) == 17
     assert all(size <= context.target_max_block_size for size in sizes if size is not None)
     assert len(source.get_read_tasks(5)) >= 5
 

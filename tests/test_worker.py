@@ -170,8 +170,11 @@ def test_what_arrives_cut_short_is_asked_for_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("hurried")
-@pytest.mark.parametrize("error", [TimeoutError("no answer"), PermissionError("no answer")])
-def test_a_store_that_is_down_is_no_error_of_its_photos(tmp_path: Path, error: Exception) -> None:
+@pytest.mark.parametrize("kind", [TimeoutError, PermissionError, FileNotFoundError])
+def test_a_store_that_is_down_is_no_error_of_its_photos(
+    tmp_path: Path, kind: type[OSError]
+) -> None:
+    error = kind("no answer")
     objects = list(list_sources([str(fill(tmp_path, [f"{i}.png" for i in range(9)]))]))
     with pytest.raises(SourceError, match=r"0\.png: cannot be read: .*no answer; nor can the next"):
         fetch(objects, Flaky(99, error=error))

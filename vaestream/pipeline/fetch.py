@@ -50,8 +50,8 @@ def fetch_all(
 
     Errors: SourceError where it is the store that fails, so that no row says that it is the photo:
     when an object that could be read before no longer can; and when none has been read and those
-    that are asked for next cannot be read either, for want of permission or of an answer. And where
-    a compressed tar finds no room here.
+    that are asked for next cannot be read either, for want of permission or of an answer, or since
+    none of what was listed is there. Also where this machine has no room to unpack a tar in.
     """
     waiting: deque[tuple[SourceObject, int, Future[bytes]]] = deque()
     rest = deque(objects)
@@ -86,7 +86,7 @@ def fetch_all(
                     fetched = Fetched(item, None, text)
                     others = [(i, f) for i, _, f in waiting if i.store == item.store]
                     fault = _store_fault(
-                        stores[item.store], error, readable.get(item.store), others
+                        stores[item.store], item, error, readable.get(item.store), others
                     )
                     if fault is not None:
                         raise SourceError(f"{item.url}: {text}; {fault}") from error
@@ -103,6 +103,7 @@ class TooLargeError(Exception):
 
 def _store_fault(
     fs: AbstractFileSystem,
+    item: SourceObject,
     error: Exception,
     witness: SourceObject | None,
     others: Sequence[tuple[SourceObject, Future[bytes]]],
@@ -115,15 +116,23 @@ def _store_fault(
         except Exception as second:  # every store has errors of its own
             return f"nor can {witness.url} any longer: {public_text(describe(second))}"
         return None
-    refused = isinstance(error, PermissionError)
-    if not (refused or may_pass(error)):
+    refused, gone = isinstance(error, PermissionError), _is_gone(item, error)
+    if not (refused or gone or may_pass(error)):
         return None
-    if any(future.exception() is None for _, future in others):
+    failures = [(other, future.exception()) for other, future in others]
+    if any(one is None or (gone and not _is_gone(other, one)) for other, one in failures):
         return None
     if others:
         return f"nor can the next {len(others)}"
     # One object alone may well be closed to us; that it gives no answer says nothing of it.
-    return None if refused else "and there is no other to tell whether the store is at fault"
+    return (
+        None if refused or gone else "and there is no other to tell whether the store is at fault"
+    )
+
+
+def _is_gone(item: SourceObject, error: BaseException) -> bool:
+    """Whether what was listed is not there: the same folder may not be, on this machine."""
+    return isinstance(error, FileNotFoundError) and item.version.size is not None
 
 
 def _size(item: SourceObject) -> int:

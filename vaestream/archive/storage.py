@@ -195,7 +195,7 @@ def store_errors(fs: fsspec.AbstractFileSystem, path: str, done: str = "read") -
         raise
     except Exception as error:
         told = f"{shown(fs, path)}: cannot be {done}: {type(error).__name__}: {error}"
-        raise ArchiveError(told) from error
+        raise ArchiveError(public_text(told)) from error
 
 
 class RangeFile(io.RawIOBase):

@@ -21,7 +21,7 @@ from typing import Any
 from fsspec import AbstractFileSystem
 
 from vaestream.archive.retries import LISTING_SECONDS, may_pass, retrying
-from vaestream.archive.storage import public_url
+from vaestream.archive.storage import public_text, public_url
 from vaestream.errors import SourceError
 from vaestream.pipeline.members import is_container, list_members, member_url
 from vaestream.pipeline.plan import SourceObject, Version, escape, safe_key, utc
@@ -414,7 +414,7 @@ def _listing(source: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise SourceError(f"{shown}: there is no such file, folder or object") from error
     except Exception as error:  # each store has errors of its own, many of them no OSError
-        told = " ".join(str(error).split()).replace(source, shown)
+        told = public_text(" ".join(str(error).split()).replace(source, shown))
         raise SourceError(f"{shown}: cannot be listed: {type(error).__name__}: {told}") from error
 
 

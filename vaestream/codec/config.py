@@ -176,6 +176,6 @@ STANDARD = ModelConfig(
     mean_context_hidden=96,
     lattice_from=10,
     filter_width=16,
-    filter_blocks=1,
+    filter_blocks=3,
 )
 """What `vaestream train` trains from nothing."""

@@ -26,7 +26,7 @@ _STRIP = 64  # rows of latents
 _PRECISE = 64  # latent channels whose values 8 bits cannot hold, in linear paths and contexts
 _STRIP_POSITIONS = 512  # latents
 _GROUPS = STRIDE // GROUP  # a latent spans as many in each direction
-_FILTER_ROWS = 128  # of groups
+_FILTER_ROWS = 256  # of groups
 
 
 class SideInformation:

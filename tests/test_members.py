@@ -107,6 +107,18 @@ def test_members_of_one_name_come_out_as_they_went_in(tmp_path: Path) -> None:
     assert found == {"a.png": png(0), "a~2.png": png(1), "a~3.png": png(2)}
 
 
+def test_a_zip_that_has_changed_since_gives_no_member_for_another(tmp_path: Path) -> None:
+    path = make_zip(tmp_path / "x.zip", zipfile.ZIP_STORED)
+    objects = list(listing := list_sources([str(path)]))
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in reversed(FILES.items()):
+            archive.writestr(name, data)
+    limits: dict[str, Any] = {"max_object_bytes": 1 << 30}
+    for got in fetch_all(objects, listing.stores, members=MemberReader(), **limits):
+        assert got.data in (None, FILES[got.item.key])
+        assert (got.data is None) == ("not where it was" in (got.error or ""))
+
+
 def test_shards_of_a_glob_keep_their_names_and_in_a_folder_they_are_objects(
     tmp_path: Path,
 ) -> None:

@@ -37,7 +37,6 @@ _DAMAGED_ZIP = (
     NotImplementedError,
     RuntimeError,
     EOFError,
-    IndexError,
     zlib.error,
     lzma.LZMAError,
 )
@@ -156,9 +155,12 @@ class MemberReader:
             if archive is None:
                 archive = zipfile.ZipFile(_open(fs, item.path))
                 self._hold(item, "zip", archive)
+            # By its number, as another may have the same name; but only what was listed.
+            entries = archive.infolist()
+            if member.number >= len(entries) or entries[member.number].filename != member.name:
+                raise MemberError("is not where it was in the zip")
+            info = entries[member.number]
             try:
-                # By what the directory says of it, not by its name: another may have the same.
-                info = archive.infolist()[member.number]
                 with archive.open(info) as stream:
                     return stream.read(max_bytes + 1)
             except _DAMAGED_ZIP as error:

@@ -212,7 +212,7 @@ def _column(values: list[Any]) -> "np.ndarray[Any, Any]":
 def _picture_column(pictures: Iterable["np.ndarray[Any, Any]"]) -> "np.ndarray[Any, Any]":
     """Likewise of pictures. Ray joins blocks only where all have equally many dimensions, so gray
     ones get a third here, which `_squeezed` takes off."""
-    return _column([picture[:, :, None] if picture.ndim == 2 else picture for picture in pictures])
+    return _column([np.atleast_3d(picture) for picture in pictures])
 
 
 def _squeezed(picture: Any) -> "np.ndarray[Any, Any]":

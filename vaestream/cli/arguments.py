@@ -58,7 +58,7 @@ def _compress_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="gradient steps on each photo: smaller, and slower; 2 or 8, say (0)",
     )
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    _device_argument(parser)
     add("--workers", type=at_least_1, metavar="N", help="default: one a CPU, or four a GPU")
     add("--gpus-per-worker", type=float, metavar="F", help="share of a GPU (default 0.25)")
     add(
@@ -127,15 +127,14 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--include", action="append", default=[], metavar="GLOB")
     add("--exclude", action="append", default=[], metavar="GLOB")
-    add("--device", choices=("auto", "cpu", "cuda"))
-    parser.set_defaults(device="auto")
+    _device_argument(parser)
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("archive", metavar="ARCHIVE")
     add("--out", metavar="FILE", help="path or URL (default: report.html in the archive)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    _device_argument(parser)
     _storage_argument(parser)
     parser.set_defaults(run=report)
 
@@ -165,7 +164,7 @@ def _extract_arguments(parser: argparse.ArgumentParser) -> None:
         help="Ray workers; 0: none, whatever there is to write",
     )
     add("--address", metavar="RAY", help="Ray cluster; default: RAY_ADDRESS, or a local Ray")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    _device_argument(parser)
     _storage_argument(parser)
     parser.set_defaults(run=extract)
 
@@ -178,7 +177,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--minutes", type=more_than_0, metavar="M")
     length.add_argument("--steps", type=at_least_1, metavar="N")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    _device_argument(parser)
     parser.set_defaults(run=train)
 
 
@@ -193,7 +192,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="Q,Q,...",
         help="default 5,15,...,95",
     )
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    _device_argument(parser)
     add("--json", action="store_true")
     add(
         "--compare",
@@ -217,6 +216,10 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--effort", type=at_least_0, default=0, metavar="N", help="as for compress")
     add("--plot", metavar="PNG", help="write the curves as a picture")
     parser.set_defaults(run=evaluate)
+
+
+def _device_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
 def _storage_argument(parser: argparse.ArgumentParser) -> None:

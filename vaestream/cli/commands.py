@@ -16,7 +16,7 @@ from vaestream.errors import VaestreamError
 from vaestream.text import shown, size
 
 from .exit_codes import ERROR, OK, SOME_FAILED
-from .wording import json_values, percent_text, row_text, summary_text, window_text
+from .wording import estimate_text, json_values, percent_text, row_text, summary_text, window_text
 
 if TYPE_CHECKING:
     from vaestream.archive.reader import Archive
@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 
 def compress(args: argparse.Namespace) -> int:
     """`vaestream compress`."""
+    if args.dry_run:
+        return _estimate(args)
+
     from vaestream.pipeline.job import compress
 
     from .progress import ProgressLine, Warnings
 
-    if args.dry_run:
-        return _estimate(args)
     line = ProgressLine()
     warnings = Warnings(line)
     logger = logging.getLogger("vaestream")
@@ -101,22 +102,7 @@ def _estimate(args: argparse.Namespace) -> int:
         device=args.device,
     )
     told = estimate(prepared, sample=args.sample, max_object_bytes=args.max_object_bytes)
-    if args.json:
-        print(json.dumps(told.to_json()))
-        return OK
-    print(
-        f"nothing written; {told.objects} objects to do, {size(told.source_bytes)}\n"
-        f"{told.sampled} of them tried: {told.photos} photos compressed, "
-        f"{sum(told.kept.values())} kept as their source, {told.errors} with errors"
-    )
-    for reason, count in told.kept.items():
-        print(f"  kept: {reason}: {count}")
-    if told.ratio is not None and told.archive_bytes is not None:
-        print(f"about {size(told.archive_bytes)} in the archive, {told.ratio:.2f} times smaller")
-    if told.bpp is not None:
-        psnr = "" if told.psnr is None else f", {told.psnr:.2f} dB PSNR"
-        print(f"compressed photos: {told.bpp:.3f} bits per pixel{psnr}")
-    print(f"about {told.worker_hours:.1f} hours of one worker here: divide by your workers")
+    print(json.dumps(told.to_json()) if args.json else estimate_text(told))
     return OK
 
 

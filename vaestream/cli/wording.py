@@ -1,6 +1,7 @@
 """Results as text for people, and as what JSON has words for."""
 
 import math
+from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,7 @@ from vaestream.text import duration, shown, size
 
 if TYPE_CHECKING:
     from vaestream.archive.schema import RowInfo
+    from vaestream.pipeline.estimate import Estimate
     from vaestream.pipeline.job import Summary
 
 
@@ -26,22 +28,48 @@ def summary_text(summary: "Summary", destination: str) -> str:
         lines.append(f"  {summary.changed} had changed since: new rows take the place of theirs")
     if summary.unlisted:
         lines.append(f"  {summary.unlisted} are not in the sources (any more), and stay")
-    lines += [f"  kept: {reason}: {count}" for reason, count in summary.kept.items()]
+    lines += _kept_lines(summary.kept)
     lines += [f"  error: {reason}: {count}" for reason, count in summary.errors.items()]
     ratio = f", {summary.ratio:.2f} times smaller" if summary.ratio else ""
     lines.append(
         f"{size(summary.source_bytes)} -> {size(summary.archive_bytes)}{ratio} "
         f"(and the model: {size(summary.model_bytes)})"
     )
-    if summary.bpp is not None:
-        psnr = "" if summary.psnr is None else f", {summary.psnr:.2f} dB PSNR"
-        lines.append(f"compressed photos: {summary.bpp:.3f} bits per pixel{psnr}")
+    lines += _rate_lines(summary.bpp, summary.psnr)
     if summary.megapixels_per_second is not None:
         lines.append(
             f"{summary.megapixels:.1f} MP in {duration(summary.seconds)} "
             f"({summary.megapixels_per_second:.2f} MP/s)"
         )
     return "\n".join(lines)
+
+
+def estimate_text(told: "Estimate") -> str:
+    """What a job would come to."""
+    lines = [
+        f"nothing written; {told.objects} objects to do, {size(told.source_bytes)}",
+        f"{told.sampled} of them tried: {told.photos} photos compressed, "
+        f"{sum(told.kept.values())} kept as their source, {told.errors} with errors",
+        *_kept_lines(told.kept),
+    ]
+    if told.ratio is not None and told.archive_bytes is not None:
+        lines.append(
+            f"about {size(told.archive_bytes)} in the archive, {told.ratio:.2f} times smaller"
+        )
+    lines += _rate_lines(told.bpp, told.psnr)
+    lines.append(f"about {told.worker_hours:.1f} hours of one worker here: divide by your workers")
+    return "\n".join(lines)
+
+
+def _kept_lines(kept: Mapping[str, int]) -> list[str]:
+    return [f"  kept: {reason}: {count}" for reason, count in kept.items()]
+
+
+def _rate_lines(bpp: float | None, psnr: float | None) -> list[str]:
+    if bpp is None:
+        return []
+    decibels = "" if psnr is None else f", {psnr:.2f} dB PSNR"
+    return [f"compressed photos: {bpp:.3f} bits per pixel{decibels}"]
 
 
 def row_text(row: "RowInfo") -> str:

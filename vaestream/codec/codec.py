@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vaestream.errors import BitstreamError, ModelMismatchError, WeightsError
+from vaestream.text import describe
 
 from .bitstream import MAX_SIDE, MODEL_ID_BYTES, Bitstream, Header, Rectangle, unpack
 from .config import HYPER_STRIDE, Z_LIMIT, CodingPass
@@ -30,6 +31,9 @@ from .weights_file import import_weights
 _WINDOW_PIXELS = 2048
 MAX_PIXELS = 1 << 29
 """What `Codec.decode` takes at most unless told otherwise."""
+
+_WHOLE_BY_REGION = 8
+"""How many times `max_pixels` the whole may have that a region is in: its z is decoded whole."""
 
 _INT16 = np.iinfo(np.int16)
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -218,7 +222,7 @@ class Codec:
             )
             pixels = view.region[2] * view.region[3]
             whole = header.width * header.height
-            if max_pixels is not None and max(pixels, whole / 8) > max_pixels:
+            if max_pixels is not None and max(pixels, whole / _WHOLE_BY_REGION) > max_pixels:
                 raise BitstreamError(
                     f"{pixels} pixels of a picture of {header.width}x{header.height} are more than "
                     f"max_pixels = {max_pixels} allows"
@@ -363,7 +367,7 @@ def _fetch(url: str | os.PathLike[str], storage_options: dict[str, Any] | None) 
         with fsspec.open(os.fspath(url), "rb", **(storage_options or {})) as file:
             data: bytes = file.read()
     except Exception as error:  # each store has errors of its own
-        told = getattr(error, "strerror", None) or error or type(error).__name__
+        told = getattr(error, "strerror", None) or describe(error)
         raise WeightsError(f"{url}: {told}") from error
     return data
 

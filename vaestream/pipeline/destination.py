@@ -101,10 +101,8 @@ class Destination:
                     "overwrite, to go on with it"
                 )
         found: dict[str, Any] | None = None
-        if running is not None:
-            found = {"settings": running.settings, "model_id": running.model_id}
-        elif manifest is not None:
-            found = {"settings": manifest.settings, "model_id": manifest.model_id}
+        if (standing := running or manifest) is not None:
+            found = {"settings": standing.settings, "model_id": standing.model_id}
         if not overwrite:
             if found is not None and found != wanted:
                 raise SettingsMismatchError(f"{shown(fs, root)}: {_differences(found, wanted)}")

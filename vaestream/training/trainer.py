@@ -144,12 +144,12 @@ def train(
         log(f"continuing {checkpoint} at step {run.step}")
 
     files = list_photos(photos)
-    held = set_aside(files, settings.validation_photos, min_side=settings.crop)
-    if len(files) < 4 * settings.validation_photos:
-        held = files  # too few to set any aside
+    few = len(files) < 4 * settings.validation_photos  # too few to set any aside
+    held = files if few else set_aside(files, settings.validation_photos, min_side=settings.crop)
+    aside = frozenset(held)
     validation = load_photos(held, min_side=settings.crop, max_bytes=1 << 30)
     training = load_photos(
-        files if held is files else [f for f in files if f not in set(held)],
+        files if few else [file for file in files if file not in aside],
         min_side=(2 if settings.coded else 1) * settings.crop,
         max_bytes=int(settings.max_gigabytes * 1e9),
     )

@@ -91,6 +91,16 @@ def test_large_photos_are_shrunk_on_request(photos: Path, weights: Path) -> None
     assert small.measurements == same.measurements
 
 
+def test_a_photo_that_comes_back_exactly_leaves_means_finite(tmp_path: Path, weights: Path) -> None:
+    Image.new("RGB", (64, 64), (128, 128, 128)).save(tmp_path / "plain.png")
+    gray = np.asarray(Image.open(tmp_path / "plain.png"))
+    (jpeg,) = available(["jpeg 4"])
+    assert np.array_equal(jpeg.decode(jpeg.encode(gray, 97), gray.shape), gray)
+    result = evaluate([tmp_path], weights=weights, qualities=[0, 50, 100], beside=[jpeg])
+    assert {point.psnr for point in result.curve(jpeg.name)} == {60.0}
+    json.loads(result.to_json(), parse_constant=pytest.fail)
+
+
 def test_psnr_of_arrays() -> None:
     a = np.zeros((700, 3, 3), np.uint8)
     assert psnr(a, a) == float("inf")

@@ -22,6 +22,7 @@ from .data import list_photos
 
 DEFAULT_QUALITIES = (5.0, 15.0, 25.0, 35.0, 45.0, 55.0, 65.0, 75.0, 85.0, 95.0)
 OURS = "vaestream"
+_MOST_PSNR = 60.0  # what libvmaf counts 8-bit pictures that are equal as: means stay finite
 _MS_SSIM_SIDE = 161  # its five scales, of a window of 11 each, need more than 160 pixels
 
 
@@ -30,7 +31,8 @@ class Measurement:
     """One photo coded once.
 
     codec: `OURS` or the name of a classical one. quality: as that codec counts it. bpp: bits of the
-    file per pixel. psnr: dB on uint8. ms_ssim: 0 to 1, None where it was not measured.
+    file per pixel. psnr: dB on uint8, at most 60, which equal pictures have. ms_ssim: 0 to 1, None
+    where it was not measured.
     """
 
     codec: str
@@ -190,7 +192,7 @@ def _measure(
         photo,
         quality,
         size * 8 / (height * width),
-        psnr(image, decoded),
+        min(psnr(image, decoded), _MOST_PSNR),
         ms_ssim(image, decoded) if similarity else None,
     )
 

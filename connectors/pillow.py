@@ -5,8 +5,8 @@
 >>> Image.open("photo.png").convert("RGB").save("photo.vst", quality=50)    # doctest: +SKIP
 >>> Image.open("photo.vst").thumbnail((256, 256))                           # doctest: +SKIP
 
-With it, whatever opens files with Pillow reads bitstreams: torchvision's ImageFolder, and the
-`image` column of an archive in Hugging Face datasets.
+With it, whatever opens files with Pillow reads bitstreams: torchvision's ImageFolder, given
+an `is_valid_file` that takes them, and the `image` column of an archive in Hugging Face datasets.
 """
 
 import os
@@ -78,9 +78,11 @@ class VaestreamImageFile(ImageFile.ImageFile):
 
     def load(self) -> Any:
         """Decode, if that has not been done."""
-        if self.fp is not None and getattr(self, "_im", None) is None:
-            self.fp.seek(0)
-            blob = self.fp.read()
+        # One that comes out of a pickle or a deep copy has its pixels, and no file.
+        file = getattr(self, "fp", None)
+        if file is not None and getattr(self, "_im", None) is None:
+            file.seek(0)
+            blob = file.read()
             try:
                 codec = _codec_for(read_header(blob).model_id_prefix)
                 limit = None if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
@@ -90,7 +92,7 @@ class VaestreamImageFile(ImageFile.ImageFile):
                 raise OSError(f"{name}: {error}") from error
             self.im = Image.fromarray(pixels).im
             if self._exclusive_fp and self._close_exclusive_fp_after_loading:
-                self.fp.close()
+                file.close()
             self.fp = None
         return super().load()
 
@@ -128,15 +130,19 @@ def _accept(prefix: bytes) -> bool:
 
 
 def _save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
-    """Pillow's `save`: quality 0 to 100 (default 50), or target_bpp, or target_psnr; effort."""
+    """Pillow's `save`: quality 0 to 100, or target_bpp, or target_psnr; effort.
+
+    By default at quality 50, and a picture opened from a bitstream at that one's quality.
+    """
     if image.mode not in ("RGB", "L"):
         raise OSError(f"cannot write mode {image.mode} as {FORMAT}: convert it to RGB or L")
     asked = image.encoderinfo
     names = ("quality", "target_bpp", "target_psnr")
     rate = {name: asked[name] for name in names if asked.get(name) is not None}
+    default = image.info["quality"] if image.format == FORMAT else 50.0
     encoded = _shipped().compress(
         np.asarray(image),
-        **(rate or {"quality": 50.0}),
+        **(rate or {"quality": default}),
         effort=asked.get("effort", 0),
         measure=False,
     )

@@ -1,5 +1,7 @@
 """Reading: one photo is one ranged read; what comes back is what went in."""
 
+import functools
+import http.server
 import io
 import multiprocessing
 import os
@@ -230,6 +232,51 @@ def test_threads_pickles_and_forks(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     with context.Pool(1) as processes:
         assert processes.map(archive.blob, keys[:3]) == [row.data for row in rows[:3]]
+
+
+def test_a_relative_path_stays_the_same_archive_in_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    rows = list(byte_rows(3))
+    commit(str(tmp_path / "archive"), {"a": rows})
+    monkeypatch.chdir(tmp_path)
+    archive = open_archive("archive")
+    packed = pickle.dumps(archive)
+    monkeypatch.chdir(tmp_path / "other")
+    assert pickle.loads(packed).blob(rows[0].key) == rows[0].data
+    assert verify(archive) == [] == verify(tmp_path / "archive")
+    with multiprocessing.get_context("fork").Pool(1) as processes:
+        assert processes.map(archive.blob, [rows[1].key]) == [rows[1].data]
+
+
+def test_parts_that_take_turns_are_read_once(tmp_path: Path, reads: Reads) -> None:
+    parts = {f"{n:02}": [row(f"{i:03}-{n:02}", b"x") for i in range(10)] for n in range(24)}
+    commit(str(tmp_path), parts)
+    archive = open_archive(f"counting://{tmp_path}")
+    next(archive.rows())
+    each = len([path for path, _ in reads if path.endswith("part-00.parquet")])
+    list(archive.rows())
+    assert len([path for path, _ in reads if "part-" in path]) == 24 * each
+
+
+def test_a_server_that_knows_no_ranges_is_told_of(tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    rows = [row(f"{i}.bin", bytes([i]) * 1000) for i in range(5)]
+    commit(str(tmp_path), {"a": rows})
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        archive = open_archive(f"http://me:hidden@127.0.0.1:{server.server_port}")
+        for call in (lambda: archive.blob("1.bin"), lambda: archive.row("1.bin")):
+            with pytest.raises(ArchiveError, match="whole files where parts") as told:
+                call()
+            assert not isinstance(told.value, DamagedArchiveError)
+            assert "hidden" not in str(told.value) + repr(archive)
+        with pytest.raises(ArchiveError, match="no photo") as told:
+            archive.blob("nothing")
+        assert "hidden" not in str(told.value)
+        server.shutdown()
 
 
 @pytest.mark.parametrize("compression", ["snappy", "none"])

@@ -74,6 +74,7 @@ def python(code: str) -> str:
         "evaluate --qualities 50,101",
         "evaluate --window 30",
         "evaluate --window 40,30",
+        "evaluate --window 29,inf",
         "train --steps 0",
         "train --minutes -5",
         "train --minutes nan",

@@ -18,6 +18,7 @@ from vaestream.codec.config import quality_to_lambda
 from vaestream.codec.entropy import write_varint
 from vaestream.codec.exact import ExactScaleBranch
 from vaestream.codec.hardware import multiplies_int8
+from vaestream.codec.rate_control import solve_quality
 from vaestream.errors import BitstreamError, ModelMismatchError, VaestreamError, WeightsError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -126,6 +127,8 @@ def test_effort_saves_bits_and_error_together_and_repeats_itself(codec: Codec) -
     assert psnr(codec.decode([refined.data])[0], image) == pytest.approx(refined.psnr, abs=1e-3)
     with pytest.raises(ValueError, match="effort"):
         codec.compress(image, quality=60, effort=-1)
+    with pytest.raises(ValueError, match="effort"):
+        codec.compress(image, quality=60, effort=1.5)  # type: ignore[arg-type]
 
 
 def test_target_bpp_is_met_and_not_passed(codec: Codec) -> None:
@@ -142,6 +145,13 @@ def test_target_psnr_is_reached_at_little_more(codec: Codec) -> None:
     assert middle is not None
     encoded = codec.compress(image, target_psnr=middle)
     assert encoded.psnr is not None and middle <= encoded.psnr < middle + 0.2
+
+
+def test_a_search_goes_on_from_a_picture_that_is_exact() -> None:
+    found = solve_quality(
+        lambda q: np.inf if q > 20 else 30 + q, 45, 45.05, guess=50, slope=0.12, evaluations=20
+    )
+    assert found == pytest.approx(15, abs=0.05)
 
 
 def test_a_target_out_of_reach_gives_the_end_of_the_range(codec: Codec) -> None:
@@ -296,6 +306,39 @@ def test_any_settings_decode_what_others_encoded(codec: Codec) -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_process_with_another_default_dtype_gets_the_same(
+    codec: Codec, weights: Path, dtype: torch.dtype
+) -> None:
+    image = photo_like(150, 200)
+
+    def results(codec: Codec) -> tuple[bytes, bytes, list[NDArray[np.uint8]]]:
+        (blob,) = codec.encode([image], 90)
+        refined = codec.compress(image, quality=50, effort=1).data
+        return blob, refined, codec.decode([blob]) + codec.decode([blob], max_size=40)
+
+    expected = results(codec)
+    torch.set_default_dtype(dtype)
+    try:
+        found = [
+            results(c) for c in (codec, Codec.load(weights, device="cpu", precision="float32"))
+        ]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for blob, refined, pictures in found:
+        assert (blob, refined) == expected[:2]
+        for picture, wanted in zip(pictures, expected[2], strict=True):
+            assert np.array_equal(picture, wanted)
+
+
+def test_a_codec_loaded_in_inference_mode_refines_too(codec: Codec, weights: Path) -> None:
+    image = photo_like(64, 64)
+    with torch.inference_mode():
+        loaded = Codec.load(weights, device="cpu", precision="float32")
+    expected = codec.compress(image, quality=50, effort=1).data
+    assert loaded.compress(image, quality=50, effort=1).data == expected
+
+
 def test_the_callers_torch_settings_are_left_alone(codec: Codec) -> None:
     torch.set_grad_enabled(True)
     state = (torch.get_num_threads(), torch.get_float32_matmul_precision())
@@ -345,6 +388,9 @@ def test_unusable_weights_are_named(tmp_path: Path) -> None:
     for url in ("nonsense://a", "http://127.0.0.1:9/a"):
         with pytest.raises(WeightsError, match=url):
             Codec.load(url)
+    with pytest.raises(WeightsError) as told:
+        Codec.load("http://user:hidden@127.0.0.1:9/a?token=hidden&v=1")
+    assert "http://127.0.0.1:9/a?v=1: " in str(told.value) and "hidden" not in str(told.value)
     torn = tmp_path / "torn.safetensors"
     torn.write_bytes((GOLDEN / "context" / "tiny.safetensors").read_bytes()[:5000])
     with pytest.raises(WeightsError, match="torn"):

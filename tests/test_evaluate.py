@@ -144,6 +144,9 @@ def test_command(
     assert "BD-rate of vaestream against" in told and "WebP" in told and "2000" not in told
     assert main([*arguments, "--compare", "nothing"]) == 1
     assert "nothing" in capsys.readouterr().err
+    for name in ("curves.foo", "nowhere/curves.png"):
+        assert main([*arguments, "--plot", str(tmp_path / name)]) == 1
+        assert name in capsys.readouterr().err
     assert main([*arguments, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert len(document["measurements"]) == 9 and document["curve"][0]["quality"] == 0

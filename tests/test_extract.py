@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from archive_samples import commit, row
 from photos import fill
 from PIL import Image
 from without_ray import without_ray
@@ -93,6 +94,16 @@ def test_workers_are_on_the_device_that_is_asked_for(
         with pytest.raises(VaestreamError, match="enough"):
             extract(archive.to(device), str(tmp_path), workers=1)
     assert asked == ["auto", "cpu", "cuda", "cuda"]
+
+
+def test_what_was_never_read_is_not_written(tmp_path: Path) -> None:
+    # A store that told no size, and a file that has none.
+    gone = row("gone.jpg", b"", error="cannot be read: 404")
+    empty = row("empty.jpg", b"", error="empty file")
+    commit(str(tmp_path / "archive"), {"a": [empty, gone]})
+    result = extract(vaestream.open(tmp_path / "archive"), str(tmp_path / "out"), workers=0)
+    assert (result.verbatim, result.failures) == (1, {"gone.jpg": "cannot be read: 404"})
+    assert files(tmp_path / "out") == {"empty.jpg": b""}
 
 
 def test_it_goes_on_where_it_was_interrupted(archive: vaestream.Archive, tmp_path: Path) -> None:

@@ -312,6 +312,15 @@ def test_metadata_that_no_column_holds_is_kept() -> None:
     chatter = PngInfo()
     chatter.add_text("Software", "otter editor" * 50)
     assert photo(encoded(picture(), "PNG", pnginfo=chatter))
+    for keyword, length in (("Software", 2_000_000), ("Workflow", 3_000_000)):
+        for last in (False, True):
+            text = PngInfo()
+            text.add(b"zTXt", keyword.encode() + b"\0\0" + zlib.compress(bytes(length)), last)
+            assert reason(encoded(picture(), "PNG", pnginfo=text)) == "long text in PNG chunks"
+    odd = ImageFileDirectory_v2()
+    odd.tagtype[ExifTags.Base.XResolution] = 2
+    odd[ExifTags.Base.XResolution] = "72"
+    assert reason(encoded(picture(), "TIFF", tiffinfo=odd)) == "TIFF tags that EXIF cannot hold"
     geo = encoded(picture(), "TIFF", tiffinfo={33550: (1.0, 1.0, 0.0)})
     assert reason(geo) == "TIFF tags with no place in EXIF"
 
@@ -329,6 +338,7 @@ def test_profiles_for_other_channels_are_kept() -> None:
     [
         ("IMG_1.xmp", b"<x:xmpmeta/>"),
         ("notes.txt", b"BMW is a car, and P6 an engine"),
+        ("notes.txt", b"P6 is an engine"),
         (".nomedia", b""),
         ("IMG_1.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"),
         ("IMG_1.jpg", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 
-from vaestream.cli.arguments import parser
+from vaestream.cli.arguments import parse
 from vaestream.cli.commands import compress
 
 yaml = pytest.importorskip("yaml")
@@ -77,7 +77,7 @@ def test_gpus_are_there_from_the_start_and_each_has_cores_for_its_workers(
 def test_its_entry_point_is_a_command_line_of_ours(job: dict[str, Any]) -> None:
     program, *arguments = shlex.split(job["spec"]["entrypoint"])
     assert program == "vaestream"
-    args = parser().parse_args(arguments)
+    args = parse(arguments)
     assert args.run is compress
     assert args.destination.startswith("s3://") and args.address is None
 

@@ -1,6 +1,9 @@
 """Bitstreams through Pillow, as any other format."""
 
+import copy
 import io
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +57,19 @@ def test_streams_stay_open_and_files_do_not(blob: bytes, tmp_path: Path) -> None
         image.load()  # again costs nothing
 
 
+@pytest.mark.parametrize("loaded", [True, False])
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda image: pickle.loads(pickle.dumps(image))])
+def test_a_copy_of_a_picture_has_its_pixels(
+    blob: bytes, again: Callable[[Image.Image], Image.Image], loaded: bool
+) -> None:
+    image = Image.open(io.BytesIO(blob))
+    if loaded:
+        image.load()
+    copied = again(image)
+    assert np.array_equal(np.asarray(copied), np.asarray(image))
+    assert copied.resize((5, 5)).size == (5, 5)
+
+
 def test_a_thumbnail_is_that_of_the_decoded_picture(codec: Codec, blob: bytes) -> None:
     image = Image.open(io.BytesIO(blob))
     image.thumbnail((40, 40))
@@ -82,8 +98,12 @@ def test_what_is_saved_opens(mode: str, tmp_path: Path) -> None:
     photo.save(tmp_path / "photo.vst", quality=90)
     with Image.open(tmp_path / "photo.vst") as image:
         assert (image.mode, image.size, image.info["quality"]) == (mode, photo.size, 90)
+        image.save(tmp_path / "again.vst")
         error = np.mean((np.asarray(image, float) - np.asarray(photo, float)) ** 2)
     assert error < 255**2 / 10**3.2
+    assert Image.open(tmp_path / "again.vst").info["quality"] == 90
+    photo.save(tmp_path / "default.vst")
+    assert Image.open(tmp_path / "default.vst").info["quality"] == 50
     file = io.BytesIO()
     photo.save(file, "VAESTREAM", target_bpp=2.0)
     assert len(file.getvalue()) * 8 <= 2.0 * photo.width * photo.height

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from vaestream.archive.storage import public_url
 from vaestream.errors import SourceError
 from vaestream.pipeline.fetch import fetch_all
 from vaestream.pipeline.listing import Listing
@@ -19,6 +18,7 @@ from vaestream.pipeline.listing import list_sources as find_sources
 from vaestream.pipeline.members import MemberReader
 from vaestream.pipeline.plan import Cutter, Shard, SourceObject, safe_key
 from vaestream.pipeline.stores import options_for
+from vaestream.urls import public_url
 
 
 def write(root: Path, *names: str) -> Path:
@@ -270,7 +270,11 @@ def test_storage_options_go_to_the_stores_they_are_meant_for() -> None:
         ("https://me:secret@h/a.jpg?sig=x", "https://h/a.jpg"),
         ("https://h/a?Key-Pair-Id=b&AWSAccessKeyId=c&apikey=d", "https://h/a"),
         ("https://h/a?design=b&keyword=c&X-Sig=d", "https://h/a?design=b&keyword=c"),
+        ("https://secret@h/a@b", "https://h/a@b"),
         ("sftp://me:secret@h/a", "sftp://h/a"),
+        ("sftp://me@h/a", "sftp://me@h/a"),
+        ("simplecache::https://me:secret@h/a?sig=x", "simplecache::https://h/a"),
+        ("zip://a::https://me:secret@h/b", "zip://a::https://h/b"),
         ("abfs://box@account/a", "abfs://box@account/a"),
         ("s3://bucket/a?key=b", "s3://bucket/a?key=b"),
         ("/a:b@c/d?token=1", "/a:b@c/d?token=1"),

@@ -86,6 +86,15 @@ def test_real_coding_moves_no_latent_that_stays_zero_anyway() -> None:
     assert error[3:].tolist() == [1, 1]
 
 
+def test_what_is_decoded_follows_a_prediction_only_where_the_symbol_stays() -> None:
+    coding = real_coding(import_weights(shipped_weights()))
+    y = torch.tensor([[[0.0, 0.1, -0.1, 0.6, -2.3]]])
+    prediction = torch.zeros(1, 1, 5, requires_grad=True)
+    _, symbols = coding(y, prediction, torch.zeros(1, 1, 5))
+    (slope,) = torch.autograd.grad((symbols + prediction).sum(), prediction)
+    assert slope.flatten().tolist() == [1, 1, 1, 0, 0]
+
+
 class _Killed(Exception):
     """Stands for a kill in the middle of a run."""
 
@@ -174,6 +183,23 @@ def test_photos_are_set_aside_among_what_is_none(tmp_path: Path) -> None:
     held = set_aside(files, 4, min_side=64)
     assert [file.name for file in held] == ["0.jpg", "2.jpg", "4.jpg", "6.jpg"]
     assert set_aside(files, 4, min_side=100) == []
+    # Where all photos come late.
+    late = sorted(files, key=lambda file: file.suffix == ".jpg")
+    assert [file.name for file in set_aside(late, 6, min_side=64)][:2] == ["0.jpg", "2.jpg"]
+
+
+def test_few_photos_among_many_files_are_all_learned_from(tmp_path: Path) -> None:
+    for seed in range(4):
+        Image.fromarray(pixels(seed, 96, 128)).save(tmp_path / f"{seed}.jpg")
+        for ending in ("aae", "mov", "xmp", "nef"):
+            (tmp_path / f"{seed}.{ending}").write_bytes(b"beside it")
+    (tmp_path / ".thumbnails").mkdir()
+    Image.fromarray(pixels(9, 96, 128)).save(tmp_path / ".thumbnails" / "a.jpg")
+    told: list[str] = []
+    settings = replace(SETTINGS, validation_photos=3)
+    out = tmp_path / "out" / "w.safetensors"
+    train([tmp_path], out=out, steps=1, config=CONFIG, settings=settings, log=told.append)
+    assert told[0] == "4 photos to train on, 4 set aside"
 
 
 def test_weights_train_on(photos: Path, tmp_path: Path) -> None:

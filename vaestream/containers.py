@@ -117,7 +117,7 @@ def identify(data: bytes, name: str) -> str | None:
         return "AVIF" if b"avif" in brands or b"avis" in brands else None
     if data.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n\x87\n")):
         return "JPEG2000"
-    if re.match(rb"P[1-6][\s#]", data):
+    if re.match(rb"P[1-6]\s*(#|\s\d)", data):
         return "PPM"
     if claimed_format(name) == "TGA":
         return "TGA"

@@ -60,10 +60,12 @@ from vaestream.containers import (
     is_foreign,
 )
 
-__all__ = ["MIN_SIDE", "Broken", "Kept", "Photo", "load", "save", "to_image"]
+__all__ = ["EMPTY_FILE", "MIN_SIDE", "Broken", "Kept", "Photo", "load", "save", "to_image"]
 
 Pixels = npt.NDArray[np.uint8]
 
+EMPTY_FILE = "empty file"
+"""The error of a file without bytes, which are all there."""
 MIN_SIDE = 32
 """Pixels; what is shorter on a side costs less as it is."""
 
@@ -195,7 +197,7 @@ def load(data: bytes, *, name: str, max_pixels: int = 256_000_000) -> Photo | Ke
         size = container.size or (None, None)
         if container.reason is not None:  # sound as far as can be told, only unknown to Pillow
             return Kept(container.reason, image_format, *size)
-        return Broken(_describe(image_format, error), image_format, *size)
+        return _undecoded(image_format, error, size)
     size = image.size
     if verdict := _too_large(image_format, size, max_pixels):
         return verdict
@@ -209,7 +211,7 @@ def load(data: bytes, *, name: str, max_pixels: int = 256_000_000) -> Photo | Ke
     except Image.DecompressionBombError:
         return _beyond_pillow(image_format, size)
     except Exception as error:  # as above
-        return Broken(_describe(image_format, error), image_format, *size)
+        return _undecoded(image_format, error, size)
 
 
 def to_image(
@@ -274,7 +276,7 @@ def _unknown(data: bytes, name: str) -> Kept | Broken:
     if claimed is None or is_foreign(data):
         return Kept(UNKNOWN_FORMAT)
     if not data:
-        return Broken("empty file")
+        return Broken(EMPTY_FILE)
     return Broken(f"named like {claimed}, but the bytes are of no known format")
 
 
@@ -296,8 +298,14 @@ def _beyond_pillow(image_format: str, size: tuple[int | None, int | None]) -> Ke
     )
 
 
-def _describe(image_format: str, error: Exception) -> str:
-    return f"{image_format}: {error or type(error).__name__}"
+def _undecoded(
+    image_format: str, error: Exception, size: tuple[int | None, int | None]
+) -> Kept | Broken:
+    told = str(error)
+    if image_format == "PNG" and ("MAX_TEXT_CHUNK" in told or "used in text chunks" in told):
+        # Pillow's limits, not damage; a profile counts as text there.
+        return Kept("long text in PNG chunks", image_format, *size)
+    return Broken(f"{image_format}: {told or type(error).__name__}", image_format, *size)
 
 
 def _open(data: bytes, container: Container) -> ImageFile:
@@ -327,7 +335,10 @@ def _read(image: ImageFile, container: Container, max_pixels: int) -> Photo | Ke
     icc = image.info.get("icc_profile") or None
     upright: Image.Image = image
     if isinstance(image, TiffImagePlugin.TiffImageFile):
-        exif = _tiff_exif(image)  # and Pillow has turned the pixels already
+        try:
+            exif = _tiff_exif(image)  # and Pillow has turned the pixels already
+        except Exception:  # as Pillow writes tags, of what the file says is in them
+            return Kept("TIFF tags that EXIF cannot hold", image_format, *size)
         _, xmp = _set_upright(None, xmp)
     else:
         if container.format != "JPEG":

@@ -34,10 +34,12 @@ from vaestream.archive.storage import (
     open_store,
     read_bytes,
     read_ranges,
+    shown,
     store_errors,
 )
 from vaestream.archive.writer import model_path
 from vaestream.errors import ArchiveError, DamagedArchiveError, VaestreamError
+from vaestream.urls import absolute, public_url
 
 if TYPE_CHECKING:
     from vaestream.codec import Codec
@@ -47,7 +49,9 @@ _GAP_BYTES = 16 << 10
 """Bytes worth reading in vain to save a request, where several photos are asked for."""
 _BLOCK_BYTES = 32 << 20
 """Where merged ranges are split, so that a store can serve them side by side."""
-_CACHED_GROUPS = 16
+_CACHED_ROWS = 1 << 16
+"""Rows whose small columns stay in memory: in the order of keys, parts may take turns."""
+_CACHED_TABLES = 4
 _PAYLOADS = ("exif", "xmp", "icc")
 
 
@@ -84,8 +88,8 @@ class Archive:
     read is checked against its SHA-256 before it is decoded. Reading is safe from several threads,
     from forked processes, and in others that get the archive pickled.
 
-    url, storage_options, device: as they were given; the device counts when the model is loaded,
-    with the first photo. manifest: what the archive is made of.
+    url, storage_options, device: as they were given, a relative path made absolute; the device
+    counts when the model is loaded, with the first photo. manifest: what the archive is made of.
     index: the table of docs/archive-format.md, rows ascending by key.
     """
 
@@ -96,7 +100,7 @@ class Archive:
         device: str = "auto",
         storage_options: dict[str, Any] | None = None,
     ) -> None:
-        self.url = os.fspath(url)
+        self.url = absolute(os.fspath(url))
         self.device = device
         self.storage_options = storage_options
         self._connect()
@@ -135,9 +139,8 @@ class Archive:
         self._reset()
 
     def __repr__(self) -> str:
-        return (
-            f"<vaestream archive {self.url}: {len(self)} rows in {len(self.manifest.parts)} parts>"
-        )
+        parts = len(self.manifest.parts)
+        return f"<vaestream archive {public_url(self.url)}: {len(self)} rows in {parts} parts>"
 
     # --- keys and rows -----------------------------------------------------------------------
 
@@ -179,7 +182,7 @@ class Archive:
         places = pc.index_in(wanted, self._keys)
         if places.null_count:
             unknown = wanted[places.is_null().index(True).as_py()].as_py()
-            raise ArchiveError(f"{self.url}: no photo {unknown!r}")
+            raise ArchiveError(f"{public_url(self.url)}: no photo {unknown!r}")
         return places.cast(pa.int64())
 
     def select(self, positions: pa.Array) -> "Archive":
@@ -306,7 +309,7 @@ class Archive:
             if self._codec is None:
                 model_id = self.manifest.model_id
                 if model_id is None:
-                    raise ArchiveError(f"{self.url}: holds no model")
+                    raise ArchiveError(f"{public_url(self.url)}: holds no model")
                 self._codec = shared_codec(self._fs, self._root, model_id, self.device)
             return self._codec
 
@@ -337,7 +340,7 @@ class Archive:
     def _at(self, key: str) -> int:
         at = self._position(key)
         if at is None:
-            raise ArchiveError(f"{self.url}: no photo {key!r}")
+            raise ArchiveError(f"{public_url(self.url)}: no photo {key!r}")
         return at
 
     def _entry(self, column: str, at: int) -> Any:
@@ -404,7 +407,8 @@ class Archive:
                 answers = read_ranges(self._fs, paths, starts, ends)
             for path, start, answer in zip(paths, starts, answers, strict=True):
                 if isinstance(answer, FileNotFoundError):
-                    raise DamagedArchiveError(f"{path}: the part is missing") from answer
+                    missing = f"{shown(self._fs, path)}: the part is missing"
+                    raise DamagedArchiveError(missing) from answer
                 if isinstance(answer, Exception):
                     # A range past the end of a shorter file is an error in some stores: whether
                     # it is one, `_part` finds out, or raises what keeps the store from reading.
@@ -440,13 +444,15 @@ class Archive:
                 try:
                     footer = read_footer(self._fs, path, file_size(self._fs, path), name)
                 except FileNotFoundError as error:
-                    raise DamagedArchiveError(f"{path}: the part is missing") from error
+                    missing = f"{shown(self._fs, path)}: the part is missing"
+                    raise DamagedArchiveError(missing) from error
                 info = next(part for part in self.manifest.parts if part.name == name)
                 size = footer.offset + len(footer.data)
                 places = None
                 if footer.sha256 != info.footer_sha256:
                     if size == info.size:
-                        raise DamagedArchiveError(f"{path}: footer: its SHA-256 does not fit")
+                        told = f"{shown(self._fs, path)}: footer: its SHA-256 does not fit"
+                        raise DamagedArchiveError(told)
                     places = self._places(name, footer)
                 self._parts[name] = _Part(footer, places)
             return self._parts[name]
@@ -486,7 +492,10 @@ class Archive:
             image = self._read_group(name, part.footer, group, ["image.bytes"])["image"]
             return pa.chunked_array([chunk.field("bytes") for chunk in image.chunks])
 
-        return self._cached(self._tables, (name, group, column), values, 4)[row].as_py()
+        def full() -> bool:
+            return len(self._tables) > _CACHED_TABLES
+
+        return self._cached(self._tables, (name, group, column), values, full)[row].as_py()
 
     def _blob_anew(self, row: dict[str, Any]) -> bytes:
         """A blob whose bytes are not at the index's range any more, or a DamagedArchiveError."""
@@ -526,19 +535,26 @@ class Archive:
         def infos() -> list[RowInfo]:
             return to_infos(self._read_group(name, part.footer, group, INFO_COLUMNS))
 
-        info: RowInfo = self._cached(self._groups, (name, group), infos, _CACHED_GROUPS)[row]
+        def full() -> bool:
+            return sum(map(len, self._groups.values())) > _CACHED_ROWS
+
+        info: RowInfo = self._cached(self._groups, (name, group), infos, full)[row]
         return info
 
     def _cached(
-        self, cache: OrderedDict[Any, Any], key: Any, make: Callable[[], Any], size: int
+        self,
+        cache: OrderedDict[Any, Any],
+        key: Any,
+        make: Callable[[], Any],
+        full: Callable[[], bool],
     ) -> Any:
-        """A value of a cache that keeps the `size` used last."""
+        """A value of a cache that drops those not used for longest when it is too `full`."""
         with self._lock:
             if key not in cache:
                 cache[key] = make()
+                while len(cache) > 1 and full():
+                    cache.popitem(last=False)
             cache.move_to_end(key)
-            while len(cache) > size:
-                cache.popitem(last=False)
             return cache[key]
 
     # --- kept sources ------------------------------------------------------------------------
@@ -601,9 +617,9 @@ def load_codec(
     try:
         data = read_bytes(fs, path)
     except FileNotFoundError as error:
-        raise DamagedArchiveError(f"{path}: the model is missing") from error
+        raise DamagedArchiveError(f"{shown(fs, path)}: the model is missing") from error
     if hashlib.sha256(data).hexdigest() != model_id:
-        raise DamagedArchiveError(f"{path}: model: its SHA-256 is not its name")
+        raise DamagedArchiveError(f"{shown(fs, path)}: model: its SHA-256 is not its name")
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
         file.write(data)
         file.flush()

@@ -7,7 +7,6 @@ name is uploaded and moved there. Calls to the store are made as `retries` has i
 
 import io
 import os
-import re
 import secrets
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,48 +19,13 @@ from fsspec.utils import merge_offset_ranges
 
 from vaestream.archive.retries import LISTING_SECONDS, UNKNOWN_BYTES, may_pass, retrying
 from vaestream.errors import ArchiveError, VaestreamError
+from vaestream.urls import is_chained, protocol_of, public_text, public_url
 
 _ATOMIC_PROTOCOLS = frozenset(
     {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "obs", "cos", "r2", "memory"}
 )
 _TEMPORARY_PREFIX, _TEMPORARY_SUFFIX = ".writing-", ".tmp"
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_PASSWORD = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*://)[^/?#@:]*:[^/?#@]*@")
-_SECRET = re.compile(
-    r"(?<![a-z])sig(?![a-z])|signature|token|credential|policy|expires|secret|password|key(?!word)",
-    re.IGNORECASE,
-)
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
 _GAP_BYTES = 8 << 10
-_CHAIN = re.compile(rf"::{_SCHEME.pattern}")
-
-
-def protocol_of(url: str) -> str:
-    """The protocol in front of `://`; "file" where there is none."""
-    match = _SCHEME.match(url)
-    return match[1].lower() if match else "file"
-
-
-def public_url(url: str) -> str:
-    """`url` without what must not be told: a password in front of the host, and of http(s) the
-    parameters that sign a request (a name with signature, token, credential, policy, expires,
-    secret, password or key, or with sig as a word)."""
-    url = _PASSWORD.sub(r"\1", url)
-    head, mark, query = url.partition("?")
-    if not mark or protocol_of(url) not in ("http", "https"):
-        return url
-    told = [one for one in query.split("&") if not _SECRET.search(one.partition("=")[0])]
-    return f"{head}?{'&'.join(told)}" if told else head
-
-
-def public_text(text: str) -> str:
-    """`text`, each URL in it as `public_url` tells it: what a store says may hold one."""
-    return _URL.sub(lambda match: public_url(match[0]), text)
-
-
-def is_chained(url: str) -> bool:
-    """Whether `url` is a store inside another, as zip://a::s3://b; "::" alone is part of a name."""
-    return _CHAIN.search(url) is not None
 
 
 def open_store(url: str, storage_options: dict[str, Any] | None) -> tuple[Any, str]:
@@ -145,13 +109,18 @@ def read_bytes(
     fs: fsspec.AbstractFileSystem, path: str, start: int | None = None, end: int | None = None
 ) -> bytes:
     """The file's bytes from `start` to `end`, by default all. Raises FileNotFoundError."""
-    known = start is not None and end is not None and end >= start >= 0
+    wanted = None
+    if start is not None and end is not None and end >= start >= 0:
+        wanted = end - start
     with store_errors(fs, path):
-        return retrying(
+        data = retrying(
             fs,
             lambda: bytes(fs.cat_file(path, start=start, end=end)),
-            num_bytes=end - start if known else UNKNOWN_BYTES,  # type: ignore[operator]
+            num_bytes=UNKNOWN_BYTES if wanted is None else wanted,
         )
+        if wanted is not None and len(data) > wanted:
+            raise _no_ranges(fs, path)
+        return data
 
 
 def read_ranges(
@@ -159,7 +128,8 @@ def read_ranges(
 ) -> list[bytes | Exception]:
     """The bytes of many ranges, read at once; an exception in place of each that cannot be read.
 
-    Raises what the store raises where it is none of a single range.
+    Raises what the store raises where it is none of a single range, and ArchiveError for one that
+    does not serve ranges, as HTTP servers may not.
     """
     places = list(zip(paths, starts, ends, strict=True))
     found: list[bytes | Exception] = retrying(
@@ -174,12 +144,18 @@ def read_ranges(
                 found[at] = read_bytes(fs, path, start, end)
             except (FileNotFoundError, ArchiveError) as error:
                 found[at] = error
+        elif isinstance(answer, bytes) and len(answer) > end - start:
+            raise _no_ranges(fs, path)
     return found
 
 
+def _no_ranges(fs: fsspec.AbstractFileSystem, path: str) -> ArchiveError:
+    return ArchiveError(f"{shown(fs, path)}: the store gives whole files where parts are asked for")
+
+
 def shown(fs: fsspec.AbstractFileSystem, path: str) -> str:
-    """The path as people know it: with its protocol, but for local files."""
-    return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+    """The path as people know it: with its protocol, but for local files, and as `public_url`."""
+    return path if isinstance(fs, LocalFileSystem) else public_url(str(fs.unstrip_protocol(path)))
 
 
 @contextmanager
@@ -286,7 +262,8 @@ def staged(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[str]:
         else:
             _upload(fs, temporary, path)
     except OSError as error:
-        raise ArchiveError(f"{shown(fs, path)}: cannot be written: {error}") from error
+        told = f"{shown(fs, path)}: cannot be written: {error}"
+        raise ArchiveError(public_text(told)) from error
     finally:
         if temporary is not None:
             with suppress(FileNotFoundError):

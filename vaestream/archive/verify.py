@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -39,19 +40,19 @@ _READ_BYTES = 1 << 20
 
 
 def verify(
-    archive: str | Archive, *, storage_options: dict[str, Any] | None = None
+    archive: str | os.PathLike[str] | Archive, *, storage_options: dict[str, Any] | None = None
 ) -> list[Problem]:
     """Everything that is wrong with an archive; [] when each byte is the one that was written.
 
-    archive: a URL or an opened archive. Reads all parts, the index, the manifest and the model.
-    Damage is reported, never raised; raises ArchiveError when there is no finished archive there
-    or the store cannot be read. docs/archive-format.md says what each check proves.
+    archive: a path, a URL or an opened archive. Reads all parts, the index, the manifest and the
+    model. Damage is reported, never raised; raises ArchiveError when there is no finished archive
+    there or the store cannot be read. docs/archive-format.md says what each check proves.
     """
     url: str
     if isinstance(archive, Archive):
         url, storage_options = archive.url, archive.storage_options
     else:
-        url = archive
+        url = os.fspath(archive)
     fs, root = open_store(url, storage_options)
     problems: list[Problem] = []
     infos: dict[str, PartInfo | None]

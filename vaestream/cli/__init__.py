@@ -15,8 +15,9 @@ from types import FrameType
 
 from vaestream.errors import VaestreamError
 from vaestream.text import shown
+from vaestream.urls import public_text
 
-from .arguments import parser
+from .arguments import parse
 from .commands import compress, train
 from .exit_codes import ERROR, INTERRUPTED, OK, SOME_FAILED, TERMINATED, USAGE
 
@@ -30,7 +31,7 @@ class _Terminated(BaseException):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code; errors are told on stderr in one line."""
     try:
-        args = parser().parse_args(argv)
+        args = parse(argv)
     except SystemExit as exit:
         return exit.code if isinstance(exit.code, int) else USAGE
     run: Callable[[argparse.Namespace], int] = args.run
@@ -69,7 +70,7 @@ def _terminable() -> Iterator[None]:
 
 
 def _complain(message: str) -> int:
-    print(f"vaestream: error: {shown(message)}", file=sys.stderr)
+    print(f"vaestream: error: {shown(public_text(message))}", file=sys.stderr)
     return ERROR
 
 

@@ -1,7 +1,7 @@
 """The arguments of every command."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from vaestream import __version__
 
@@ -9,8 +9,16 @@ from .commands import compress, evaluate, extract, info, ls, report, train, veri
 from .values import at_least_0, at_least_1, json_object, more_than_0, qualities, region, window
 
 
-def parser() -> argparse.ArgumentParser:
-    """Of the whole command line: it names the command to run as `run`."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, with the command to run as `run`; wrong usage ends the process."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.run is verify and not args.against and (args.include or args.exclude):
+        parser.error("--include and --exclude say what --against takes")
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vaestream",
         description="Photo archives several times smaller, with every photo still at hand.",
@@ -81,13 +89,7 @@ def _compress_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="refuse larger pictures",
     )
-    add(
-        "--max-object-bytes",
-        type=at_least_1,
-        default=1 << 30,
-        metavar="N",
-        help="refuse larger objects",
-    )
+    _largest_object_argument(parser)
     add(
         "--dry-run",
         action="store_true",
@@ -123,10 +125,11 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="SRC",
         help="prove instead that each object of this source has its row and comes back; name the "
-        "sources, and what to include and exclude, as for compress",
+        "sources, what to include and exclude, and --max-object-bytes as for compress",
     )
     add("--include", action="append", default=[], metavar="GLOB")
     add("--exclude", action="append", default=[], metavar="GLOB")
+    _largest_object_argument(parser)
     _device_argument(parser)
 
 
@@ -220,6 +223,16 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _device_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def _largest_object_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-object-bytes",
+        type=at_least_1,
+        default=1 << 30,
+        metavar="N",
+        help="refuse larger objects",
+    )
 
 
 def _storage_argument(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vaestream.errors import VaestreamError
 from vaestream.text import shown, size
+from vaestream.urls import public_url
 
 from .exit_codes import ERROR, OK, SOME_FAILED
 from .wording import estimate_text, json_values, percent_text, row_text, summary_text, window_text
@@ -120,7 +121,7 @@ def info(args: argparse.Namespace) -> int:
     totals = manifest.totals
     archive_bytes = sum(part.size for part in manifest.parts)
     facts: dict[str, Any] = {
-        "url": archive.url,
+        "url": public_url(archive.url),
         "rows": manifest.num_rows,
         "photos": totals.photos_vae,
         "kept": totals.reasons,
@@ -208,6 +209,7 @@ def _prove(args: argparse.Namespace) -> int:
         include=args.include,
         exclude=args.exclude,
         storage_options=args.storage_options,
+        max_object_bytes=args.max_object_bytes,
         progress=(lambda now: print(f"\r{now.objects} objects", end="", file=sys.stderr))
         if live
         else None,
@@ -263,6 +265,8 @@ def evaluate(args: argparse.Namespace) -> int:
     for module in ["scipy"] * compare + ["matplotlib"] * (args.plot is not None):
         if importlib.util.find_spec(module) is None:
             raise VaestreamError(f"{module} is needed for this: pip install 'vaestream[evaluate]'")
+    if args.plot is not None:
+        _check_plot(args.plot)
     live = sys.stderr.isatty()
     result = evaluate(
         args.photos,
@@ -290,6 +294,15 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.plot is not None:
         plot(result, args.plot)
     return OK
+
+
+def _check_plot(path: str) -> None:
+    """Before hours of measuring."""
+    folder = os.path.dirname(path) or "."
+    if not path.lower().endswith(".png"):
+        raise VaestreamError(f"{path}: --plot writes a .png")
+    if not os.path.isdir(folder):
+        raise VaestreamError(f"{path}: there is no folder {folder}")
 
 
 def _check_device(device: str) -> None:

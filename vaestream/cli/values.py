@@ -38,7 +38,7 @@ def qualities(text: str) -> list[float]:
 def window(text: str) -> tuple[float, float]:
     """LOW,HIGH: two numbers, in dB, that rise."""
     found = _numbers(text)
-    if len(found) != 2 or not found[0] < found[1]:
+    if len(found) != 2 or not -math.inf < found[0] < found[1] < math.inf:
         raise argparse.ArgumentTypeError(f"two numbers that rise are wanted, not {text!r}")
     return found[0], found[1]
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from numbers import Integral
 from typing import Any
 
 import fsspec
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from vaestream.errors import BitstreamError, ModelMismatchError, WeightsError
 from vaestream.text import describe
+from vaestream.urls import public_text, public_url
 
 from .bitstream import MAX_SIDE, MODEL_ID_BYTES, Bitstream, Header, Rectangle, unpack
 from .config import HYPER_STRIDE, Z_LIMIT, CodingPass
@@ -77,12 +79,15 @@ class Codec:
         window_pixels: side of the largest square that goes through the networks at once; memory
         grows with its area.
         """
-        loaded = import_weights(weights)
+        # Gradients (`effort`) take no tensors of inference mode.
+        with torch.inference_mode(False):
+            loaded = import_weights(weights)
+            window = max(1, window_pixels // 16)
+            self.networks = Networks(loaded, device, dtype, window=window)
         self.weights = weights
         self.model_id = loaded.id
         self.device = device
         self.dtype = dtype
-        self.networks = Networks(loaded, device, dtype, window=max(1, window_pixels // 16))
         self._z_tables = loaded.z_tables
         self.encoder = Encoder(self.networks, loaded.y_tables, loaded.z_tables, loaded.id)
         self._coding = self.encoder.coding
@@ -118,7 +123,8 @@ class Codec:
         try:
             return cls(data, torch_device, dtype)
         except WeightsError as error:
-            raise WeightsError(f"{weights or 'shipped weights'}: {error}") from error
+            name = "shipped weights" if weights is None else public_url(os.fspath(weights))
+            raise WeightsError(f"{name}: {error}") from error
 
     def encode(self, images: Sequence[NDArray[np.uint8]], quality: float = 50.0) -> list[bytes]:
         """Encode pictures, (H, W, 3) RGB or (H, W) gray uint8, each to a bitstream of its own.
@@ -148,14 +154,14 @@ class Codec:
         reaches it where the range allows. measure: also say the PSNR, at the cost of a synthesis.
         effort: steps of `refine`, which take time and save bits; 0 for none.
 
-        Raises ValueError unless exactly one of the three is given, effort is not negative and the
-        picture is (H, W, 3) or (H, W) uint8 of 1 to 2**20 pixels a side.
+        Raises ValueError unless exactly one of the three is given, effort is a whole number, at
+        least 0, and the picture is (H, W, 3) or (H, W) uint8 of 1 to 2**20 pixels a side.
         """
         given = [v for v in (quality, target_bpp, target_psnr) if v is not None]
         if len(given) != 1:
             raise ValueError("give exactly one of quality, target_bpp and target_psnr")
-        if effort < 0:
-            raise ValueError(f"effort {effort} is negative")
+        if not isinstance(effort, Integral) or effort < 0:
+            raise ValueError(f"effort {effort} is no number of steps")
         _check_image(image)
         with torch.autocast(self.device.type, enabled=False):
             if quality is not None:
@@ -282,7 +288,7 @@ class Codec:
         side = self._side_information(z_hat, header, latents.rectangle)
         wanted = wanted_latents(self.networks.config, header, latents.view)
         shape = (wanted[2] - wanted[0], wanted[3] - wanted[1], channels)
-        y_hat = torch.empty(shape, device=self.device)
+        y_hat = torch.empty(shape, dtype=torch.float32, device=self.device)
         tiles = overlapping(header, wanted)
         for _, rectangles in batches(tiles, part=len(tiles) < header.num_tiles):
             places = [
@@ -367,8 +373,10 @@ def _fetch(url: str | os.PathLike[str], storage_options: dict[str, Any] | None) 
         with fsspec.open(os.fspath(url), "rb", **(storage_options or {})) as file:
             data: bytes = file.read()
     except Exception as error:  # each store has errors of its own
-        told = getattr(error, "strerror", None) or describe(error)
-        raise WeightsError(f"{url}: {told}") from error
+        # Some stores give an OSError without a number what they like for its text.
+        system = isinstance(error, OSError) and error.errno is not None and error.strerror
+        told = public_text(system or describe(error))
+        raise WeightsError(f"{public_url(os.fspath(url))}: {told}") from error
     return data
 
 

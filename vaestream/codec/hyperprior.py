@@ -121,7 +121,7 @@ class Hyperprior(nn.Module):
             mean = self.h_s_mean.project(of_mean)
         residual = torch.empty_like(y[:, :0])
         symbols = torch.empty_like(y[:, :0])
-        bits = torch.zeros(len(y), device=y.device)
+        bits = y.new_zeros(len(y))
         for number, p in enumerate(self.config.passes):
             prediction = mean[:, p.start : p.stop]
             if p.known:

@@ -158,7 +158,7 @@ class MeanContext(nn.Module):
                 nn.init.zeros_(layer.bias)
         # Residuals fall by two orders of magnitude from the first channel to the last. Learning
         # in units of that decline makes all weights alike in size; without it, training is poor.
-        unit = 64 / torch.arange(1, p.stop + 1)
+        unit = 64 / torch.arange(1, p.stop + 1, dtype=torch.float32)
         self.register_buffer("_unit_in", unit[:known, None, None], persistent=False)
         self.register_buffer("_unit_out", unit[p.start : p.stop], persistent=False)
 

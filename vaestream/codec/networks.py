@@ -204,7 +204,8 @@ class Networks:
         """
         height, width, _ = pixels.shape
         rows, columns = -(-height // STRIDE), -(-width // STRIDE)
-        y = torch.empty((rows, columns, self.config.latent), device=self.device)
+        shape = (rows, columns, self.config.latent)
+        y = torch.empty(shape, dtype=torch.float32, device=self.device)
         for w in windows(rows, columns, size=self._window, halo=self.config.analysis_radius):
             crop = pixels[
                 w.outer_top * STRIDE : w.outer_bottom * STRIDE,
@@ -269,6 +270,7 @@ class Networks:
             else:
                 groups = torch.empty(
                     (inner.shape[2] * _GROUPS, inner.shape[3] * _GROUPS, GROUP * GROUP * 3),
+                    dtype=torch.float32,
                     device=self.device,
                 )
                 for top, strip in levels:
@@ -287,7 +289,7 @@ class Networks:
         basis = self.model.g_s.linear[:, :channels].t()[:, :, None, None]
         basis = depth_to_space(depth_to_space(basis, 4), 4)  # (channels, 3, 16, 16)
         basis = F.avg_pool2d(basis, shrink).permute(2, 3, 1, 0).reshape(-1, channels)
-        offset = torch.full((len(basis),), 128.5, device=y_hat.device)  # rounds, once truncated
+        offset = basis.new_full((len(basis),), 128.5)  # rounds, once truncated
         strips = []
         for strip in torch.split(y_hat, _STRIP):
             levels = F.linear(strip.reshape(-1, channels), basis, offset).clamp_(0, 255)
@@ -302,7 +304,7 @@ class Networks:
         them: (rows, 4, w, 4, 48) float32, where 48 is (dy, dx, colour) in a place of 4x4 pixels.
         """
         height, width, latent = y_hat.shape
-        offset = torch.full((768,), 128.5, device=y_hat.device)
+        offset = y_hat.new_full((768,), 128.5)
         step = max(1, _STRIP_POSITIONS // width)
         for top in range(0, height, step):
             strip = y_hat[top : top + step]

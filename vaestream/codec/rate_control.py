@@ -18,7 +18,8 @@ def encode_to_rate(
     encoder: Encoder, image: NDArray[np.uint8], bpp: float, *, measure: bool, effort: int
 ) -> Encoded:
     """At the largest size within 2 % of a target in bits per pixel of the whole bitstream, where
-    the model's range allows.
+    the model's range allows, and a picture is not so small that four bytes, the least by which
+    bitstreams differ, are more.
 
     Searches with the latents of one analysis, rescaled; then settles on true encodings. Raises
     ValueError unless the target is above 0.
@@ -135,7 +136,7 @@ def solve_quality(
             return quality
         if previous is not None and quality != previous[0]:
             learned = (value - previous[1]) / (quality - previous[0])
-            if learned > 0:
+            if 0 < learned < math.inf:
                 slope = learned
         previous = (quality, value)
         step = quality + (goal - value) / slope

@@ -153,7 +153,7 @@ def check_view(region: Region | None, max_size: int | None) -> None:
             f"region {region!r} (left, top, width, height) does not lie inside any picture: four "
             "whole numbers are wanted, the last two of at least 1"
         )
-    if max_size is not None and max_size < 1:
+    if max_size is not None and not (isinstance(max_size, Integral) and max_size >= 1):
         raise ValueError(f"a picture cannot have a size of {max_size}")
 
 

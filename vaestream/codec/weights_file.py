@@ -134,7 +134,8 @@ def import_weights(data: bytes) -> Weights:
     """Read a weights file. Raises WeightsError if it is not one, or not one of this version."""
     tensors, metadata = _parse(data)
     try:
-        model = Hyperprior(ModelConfig(**json.loads(metadata["config"])))
+        # In float32, whatever the process has for its default.
+        model = Hyperprior(ModelConfig(**json.loads(metadata["config"]))).float()
         y_tables = _unpack_tables("tables.y", tensors)
         z_flat = _unpack_tables("tables.z", tensors)
         for name in filter(_is_integer, tensors):
@@ -145,6 +146,8 @@ def import_weights(data: bytes) -> Weights:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise WeightsError(f"damaged weights: {error}") from error
     channels = model.config.hyper
+    if not all(bool(t.isfinite().all()) for t in model.state_dict().values()):
+        raise WeightsError("damaged weights: a value is not finite")
     if len(y_tables) != NUM_SCALES or len(z_flat) != QUALITY_NODES * channels:
         raise WeightsError("damaged weights: a probability table is missing")
     if any(t.low > -2 or len(t.counts) != 2 - 2 * t.low for t in y_tables):

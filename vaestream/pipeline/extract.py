@@ -25,6 +25,7 @@ from vaestream.codec.view import Region
 from vaestream.errors import ArchiveError, DamagedArchiveError, VaestreamError
 from vaestream.pipeline.plan import safe_key
 from vaestream.pipeline.stores import store_of
+from vaestream.urls import public_url
 
 Format = Literal["png", "jpeg", "webp", "source"]
 
@@ -246,7 +247,7 @@ def _chosen(archive: Archive, keys: Sequence[str]) -> list[str]:
     for key in keys:
         matches = [key] if key in archive else [one for one in archive if fnmatchcase(one, key)]
         if not matches:
-            raise ArchiveError(f"{archive.url}: no photo {key!r}")
+            raise ArchiveError(f"{public_url(archive.url)}: no photo {key!r}")
         chosen.update(dict.fromkeys(matches))
     return list(chosen)
 
@@ -282,7 +283,9 @@ def _write(
     result: Extracted,
 ) -> None:
     for row, data in contents:
-        if row.error is not None and row.num_bytes < row.source_size:
+        # A store may not have told the size of what could not be read.
+        unread = row.num_bytes < row.source_size or not row.num_bytes
+        if row.error is not None and row.error != images.EMPTY_FILE and unread:
             result.failures[row.key] = row.error
             continue
         name = names.of(row)

@@ -9,11 +9,11 @@ from functools import partial
 from fsspec import AbstractFileSystem
 
 from vaestream.archive.retries import LISTING_SECONDS, UNKNOWN_BYTES, may_pass, retrying
-from vaestream.archive.storage import public_text
 from vaestream.errors import SourceError
 from vaestream.pipeline.members import MemberError, MemberReader
 from vaestream.pipeline.plan import SourceObject, Span
 from vaestream.text import describe
+from vaestream.urls import public_text
 
 _UNKNOWN_SIZE = 16 << 20
 _READINGS = 3

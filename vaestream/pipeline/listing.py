@@ -21,12 +21,12 @@ from typing import Any
 from fsspec import AbstractFileSystem
 
 from vaestream.archive.retries import LISTING_SECONDS, may_pass, retrying
-from vaestream.archive.storage import public_text, public_url
 from vaestream.errors import SourceError
 from vaestream.pipeline.members import is_container, list_members, member_url
 from vaestream.pipeline.plan import SourceObject, Version, escape, safe_key, utc
 from vaestream.pipeline.stores import protocol_of, store_of
 from vaestream.pipeline.tables import is_list, is_parquet, listed_urls, parquet_kind
+from vaestream.urls import public_text, public_url
 
 _MAGIC = re.compile(r"[*?\[]")
 

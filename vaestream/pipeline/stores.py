@@ -6,8 +6,9 @@ from typing import Any
 import fsspec
 from fsspec import AbstractFileSystem
 
-from vaestream.archive.storage import is_chained, open_store, protocol_of, public_url
+from vaestream.archive.storage import open_store
 from vaestream.errors import ArchiveError, SourceError
+from vaestream.urls import is_chained, protocol_of, public_url
 
 __all__ = ["options_for", "protocol_of", "store_of"]
 

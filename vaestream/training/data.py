@@ -16,6 +16,7 @@ from vaestream.errors import SourceError
 from vaestream.images import Photo, load
 
 _ENLARGE = 3.0
+_MAX_BYTES = 1 << 30  # of a file: photos have fewer, videos may not fit into memory
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def list_photos(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            files += [p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")]
+            files += [p for p in path.rglob("*") if p.is_file() and not _is_hidden(p, path)]
         elif path.is_file():
             files.append(path)
         else:
@@ -77,19 +78,31 @@ def list_photos(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     return sorted(files)
 
 
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
 def set_aside(files: Sequence[Path], count: int, *, min_side: int) -> list[Path]:
-    """The first photo in each of `count` equal parts of `files`, where there is one."""
+    """The first photo in each part of `files`, a part one in `count` of them, up to `count`."""
     size = max(1, len(files) // count)
     parts = (files[start : start + size] for start in range(0, len(files), size))
     found = (next((f for f in part if _pixels(f, min_side) is not None), None) for part in parts)
-    return [file for file in islice(found, count) if file is not None]
+    return list(islice((file for file in found if file is not None), count))
 
 
 def load_photos(files: Iterable[Path], *, min_side: int, max_bytes: int) -> PhotoSet:
     """Decode photos until `max_bytes` of pixels are in memory; what is no photo is passed over.
 
-    Raises SourceError when nothing is left to train on.
+    Raises SourceError when none is there.
     """
+    found = photos_among(files, min_side=min_side, max_bytes=max_bytes)
+    if not found.photos:
+        raise SourceError(f"no photo of at least {min_side} pixels a side")
+    return found
+
+
+def photos_among(files: Iterable[Path], *, min_side: int, max_bytes: int) -> PhotoSet:
+    """As `load_photos`, but there may be none."""
     photos, names, total = [], [], 0
     for file in files:
         pixels = _pixels(file, min_side)
@@ -100,13 +113,13 @@ def load_photos(files: Iterable[Path], *, min_side: int, max_bytes: int) -> Phot
             break
         photos.append(pixels)
         names.append(file.name)
-    if not photos:
-        raise SourceError(f"no photo of at least {min_side} pixels a side to train on")
     return PhotoSet(tuple(photos), tuple(names))
 
 
 def _pixels(file: Path, min_side: int) -> NDArray[np.uint8] | None:
     """(H, W, 3), or None where the file is no photo, or too small a one."""
+    if file.stat().st_size > _MAX_BYTES:
+        return None
     loaded = load(file.read_bytes(), name=str(file))
     if not isinstance(loaded, Photo) or min(loaded.pixels.shape[:2]) < min_side:
         return None

@@ -37,4 +37,7 @@ class RealCoding:
         row, value = index.detach().long(), x.detach()
         (symbol, bits), (rise, changes) = costs.code(row, value), costs.slope(row, value)
         bits = bits + costs.by_index(row, symbol) * (index - index.detach())
-        return bits + rise * (x - value), symbol + changes * (y - y.detach())
+        moved = x - value
+        # What is decoded, symbol + prediction, follows the prediction only where the symbol stays.
+        # Where it changes that must cancel: it would add up from pass to pass.
+        return bits + rise * moved, symbol + changes * moved

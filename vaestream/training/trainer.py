@@ -23,7 +23,7 @@ from vaestream.errors import WeightsError
 
 from .calibration import calibrated_weights
 from .coded import CodedCrops
-from .data import PhotoSet, list_photos, load_photos, set_aside, stratified
+from .data import PhotoSet, list_photos, load_photos, photos_among, set_aside, stratified
 from .growth import grown
 from .objective import rate_distortion
 from .real_coding import RealCoding
@@ -144,15 +144,16 @@ def train(
         log(f"continuing {checkpoint} at step {run.step}")
 
     files = list_photos(photos)
-    few = len(files) < 4 * settings.validation_photos  # too few to set any aside
-    held = files if few else set_aside(files, settings.validation_photos, min_side=settings.crop)
+    training_side = (2 if settings.coded else 1) * settings.crop
+    training_bytes = int(settings.max_gigabytes * 1e9)
+    held = set_aside(files, settings.validation_photos, min_side=settings.crop)
     aside = frozenset(held)
+    rest = [file for file in files if file not in aside]
+    training = photos_among(rest, min_side=training_side, max_bytes=training_bytes)
+    if len(training.photos) < 3 * settings.validation_photos:  # too few to set any aside
+        held = files
+        training = load_photos(files, min_side=training_side, max_bytes=training_bytes)
     validation = load_photos(held, min_side=settings.crop, max_bytes=1 << 30)
-    training = load_photos(
-        files if few else [file for file in files if file not in aside],
-        min_side=(2 if settings.coded else 1) * settings.crop,
-        max_bytes=int(settings.max_gigabytes * 1e9),
-    )
     log(f"{len(training.photos)} photos to train on, {len(validation.photos)} set aside")
     coded: CodedCrops | None = None
     if settings.coded:

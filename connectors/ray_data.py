@@ -41,6 +41,7 @@ from vaestream.pipeline.compressor import Compressor, Settings
 from vaestream.pipeline.destination import Destination
 from vaestream.pipeline.plan import SourceObject, Version
 from vaestream.pipeline.stores import options_for, store_of
+from vaestream.urls import public_url
 
 Batch = dict[str, "np.ndarray[Any, Any]"]
 
@@ -345,7 +346,7 @@ def write_archive(
     )
     if place.manifest is not None and not overwrite:
         raise ArchiveError(
-            f"{url}: an archive stands there already; overwrite it, or choose another"
+            f"{public_url(url)}: an archive stands there already; overwrite it, or choose another"
         )
     place.begin(codec.weights)
     dataset.write_datasink(ArchiveDatasink(place, settings, key, image, device), **ray_options)

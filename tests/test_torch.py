@@ -540,6 +540,14 @@ def test_a_model_that_is_missing_is_no_photos_fault(
         list(loader)
 
 
+def test_kept_sources_need_no_model(tmp_path: Path) -> None:
+    picture = pixels(1, 40, 50)
+    commit(str(tmp_path), {"a": [row("a.png", png(picture), width=50, height=40, channels=3)]})
+    (model,) = (tmp_path / "models").iterdir()
+    model.unlink()
+    assert np.array_equal(ArchiveDataset(tmp_path)[0].permute(1, 2, 0), picture)
+
+
 @pytest.mark.parametrize("region", [(0, 0, 10), (0, 0, 0, 5), (-1, 0, 5, 5), (0, 0, 1.5, 5)])
 def test_a_region_that_no_photo_can_have_is_refused_at_once(folder: Path, region: Any) -> None:
     with pytest.raises(ValueError, match="region"):

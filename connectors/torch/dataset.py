@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vaestream.archive.reader import Archive, open_archive
+from vaestream.codec.hardware import device_of
 from vaestream.codec.view import Region
 from vaestream.errors import VaestreamError
 
@@ -127,9 +128,10 @@ class ArchiveDataset(Dataset[Any]):
 
     def _image(self, content: Any) -> Tensor:
         """(3, H, W) uint8 on the device, of latents or of a source's pixels."""
-        codec = self.archive.codec
-        pixels = content if isinstance(content, Tensor) else codec.render(content)
-        pixels = pixels.to(codec.device)
+        if isinstance(content, Tensor):  # of a kept source, which needs no model
+            pixels = content.to(device_of(self.archive.device))
+        else:
+            pixels = self.archive.codec.render(content)
         if pixels.ndim == 2:
             return pixels.expand(3, -1, -1).contiguous()
         return pixels.permute(2, 0, 1).contiguous(memory_format=torch.contiguous_format)

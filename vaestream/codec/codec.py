@@ -21,7 +21,7 @@ from vaestream.urls import public_text, public_url
 from .bitstream import MAX_SIDE, MODEL_ID_BYTES, Bitstream, Header, Rectangle, unpack
 from .config import HYPER_STRIDE, Z_LIMIT, CodingPass
 from .encoder import Encoded, Encoder
-from .hardware import best_dtype
+from .hardware import best_dtype, device_of
 from .networks import Networks, ScalePrior, SideInformation, cut
 from .rate_control import encode_to_psnr, encode_to_rate
 from .rendering import render, wanted_latents
@@ -109,10 +109,8 @@ class Codec:
         Raises WeightsError naming the file if it is missing or cannot be used, ValueError on an
         unknown device or precision.
         """
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            torch_device = torch.device(device)
+            torch_device = device_of(device)
             torch.empty(0, device=torch_device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {device!r} cannot be used here: {error}") from error

@@ -6,6 +6,14 @@ from pathlib import Path
 import torch
 
 
+def device_of(name: str) -> torch.device:
+    """ "auto": CUDA if there is one; else what `torch.device` makes of a name, which it may refuse
+    with a RuntimeError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
 def best_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it faster than float32, else float32."""
     if device.type == "cuda":

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vaestream.codec import Codec
 from vaestream.codec.config import STANDARD, ModelConfig
-from vaestream.codec.hardware import best_dtype
+from vaestream.codec.hardware import best_dtype, device_of
 from vaestream.codec.hyperprior import Hyperprior, Relaxation, TrainingOutput
 from vaestream.codec.weights_file import DECODER, Weights, import_weights, with_decoder
 from vaestream.errors import WeightsError
@@ -115,9 +115,7 @@ def train(
     if out.is_dir():
         raise WeightsError(f"{out}: is a folder, where a weights file is to be written")
     out.parent.mkdir(parents=True, exist_ok=True)
-    torch_device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    )
+    torch_device = device_of(device)
     torch.manual_seed(settings.seed)
     relax: Relaxation | None = None
     real = settings.real or settings.coded > 0

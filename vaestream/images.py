@@ -337,6 +337,8 @@ def _read(image: ImageFile, container: Container, max_pixels: int) -> Photo | Ke
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         try:
             exif = _tiff_exif(image)  # and Pillow has turned the pixels already
+        except MemoryError:
+            raise
         except Exception:  # as Pillow writes tags, of what the file says is in them
             return Kept("TIFF tags that EXIF cannot hold", image_format, *size)
         _, xmp = _set_upright(None, xmp)

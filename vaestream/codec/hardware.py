@@ -7,8 +7,7 @@ import torch
 
 
 def device_of(name: str) -> torch.device:
-    """ "auto": CUDA if there is one; else what `torch.device` makes of a name, which it may refuse
-    with a RuntimeError."""
+    """For "auto" CUDA, if there is one; else the device of that name, or torch's RuntimeError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)

@@ -371,9 +371,9 @@ def _fetch(url: str | os.PathLike[str], storage_options: dict[str, Any] | None) 
         with fsspec.open(os.fspath(url), "rb", **(storage_options or {})) as file:
             data: bytes = file.read()
     except Exception as error:  # each store has errors of its own
-        # Some stores give an OSError without a number what they like for its text.
-        system = isinstance(error, OSError) and error.errno is not None and error.strerror
-        told = public_text(system or describe(error))
+        # Some stores raise an OSError of their own with the URL in place of number and reason.
+        system = isinstance(error, OSError) and isinstance(error.errno, int) and error.strerror
+        told = public_text(system or describe(error.__cause__ or error))
         raise WeightsError(f"{public_url(os.fspath(url))}: {told}") from error
     return data
 

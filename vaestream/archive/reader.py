@@ -140,7 +140,12 @@ class Archive:
 
     def __repr__(self) -> str:
         parts = len(self.manifest.parts)
-        return f"<vaestream archive {public_url(self.url)}: {len(self)} rows in {parts} parts>"
+        return f"<vaestream archive {self.name}: {len(self)} rows in {parts} parts>"
+
+    @property
+    def name(self) -> str:
+        """The URL as it may be told: without passwords and signatures."""
+        return public_url(self.url)
 
     # --- keys and rows -----------------------------------------------------------------------
 
@@ -182,7 +187,7 @@ class Archive:
         places = pc.index_in(wanted, self._keys)
         if places.null_count:
             unknown = wanted[places.is_null().index(True).as_py()].as_py()
-            raise ArchiveError(f"{public_url(self.url)}: no photo {unknown!r}")
+            raise ArchiveError(f"{self.name}: no photo {unknown!r}")
         return places.cast(pa.int64())
 
     def select(self, positions: pa.Array) -> "Archive":
@@ -309,7 +314,7 @@ class Archive:
             if self._codec is None:
                 model_id = self.manifest.model_id
                 if model_id is None:
-                    raise ArchiveError(f"{public_url(self.url)}: holds no model")
+                    raise ArchiveError(f"{self.name}: holds no model")
                 self._codec = shared_codec(self._fs, self._root, model_id, self.device)
             return self._codec
 
@@ -340,7 +345,7 @@ class Archive:
     def _at(self, key: str) -> int:
         at = self._position(key)
         if at is None:
-            raise ArchiveError(f"{public_url(self.url)}: no photo {key!r}")
+            raise ArchiveError(f"{self.name}: no photo {key!r}")
         return at
 
     def _entry(self, column: str, at: int) -> Any:
@@ -407,8 +412,7 @@ class Archive:
                 answers = read_ranges(self._fs, paths, starts, ends)
             for path, start, answer in zip(paths, starts, answers, strict=True):
                 if isinstance(answer, FileNotFoundError):
-                    missing = f"{shown(self._fs, path)}: the part is missing"
-                    raise DamagedArchiveError(missing) from answer
+                    raise self._missing(path) from answer
                 if isinstance(answer, Exception):
                     # A range past the end of a shorter file is an error in some stores: whether
                     # it is one, `_part` finds out, or raises what keeps the store from reading.
@@ -444,8 +448,7 @@ class Archive:
                 try:
                     footer = read_footer(self._fs, path, file_size(self._fs, path), name)
                 except FileNotFoundError as error:
-                    missing = f"{shown(self._fs, path)}: the part is missing"
-                    raise DamagedArchiveError(missing) from error
+                    raise self._missing(path) from error
                 info = next(part for part in self.manifest.parts if part.name == name)
                 size = footer.offset + len(footer.data)
                 places = None
@@ -456,6 +459,9 @@ class Archive:
                     places = self._places(name, footer)
                 self._parts[name] = _Part(footer, places)
             return self._parts[name]
+
+    def _missing(self, path: str) -> DamagedArchiveError:
+        return DamagedArchiveError(f"{shown(self._fs, path)}: the part is missing")
 
     def _places(self, name: str, footer: Footer) -> dict[str, tuple[int, int]]:
         """Row group and row of each key in a part that another tool has written anew."""

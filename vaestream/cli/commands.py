@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from vaestream.errors import VaestreamError
 from vaestream.text import shown, size
-from vaestream.urls import public_url
 
 from .exit_codes import ERROR, OK, SOME_FAILED
 from .wording import estimate_text, json_values, percent_text, row_text, summary_text, window_text
@@ -121,7 +120,7 @@ def info(args: argparse.Namespace) -> int:
     totals = manifest.totals
     archive_bytes = sum(part.size for part in manifest.parts)
     facts: dict[str, Any] = {
-        "url": public_url(archive.url),
+        "url": archive.name,
         "rows": manifest.num_rows,
         "photos": totals.photos_vae,
         "kept": totals.reasons,

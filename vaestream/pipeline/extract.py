@@ -25,7 +25,6 @@ from vaestream.codec.view import Region
 from vaestream.errors import ArchiveError, DamagedArchiveError, VaestreamError
 from vaestream.pipeline.plan import safe_key
 from vaestream.pipeline.stores import store_of
-from vaestream.urls import public_url
 
 Format = Literal["png", "jpeg", "webp", "source"]
 
@@ -247,7 +246,7 @@ def _chosen(archive: Archive, keys: Sequence[str]) -> list[str]:
     for key in keys:
         matches = [key] if key in archive else [one for one in archive if fnmatchcase(one, key)]
         if not matches:
-            raise ArchiveError(f"{public_url(archive.url)}: no photo {key!r}")
+            raise ArchiveError(f"{archive.name}: no photo {key!r}")
         chosen.update(dict.fromkeys(matches))
     return list(chosen)
 

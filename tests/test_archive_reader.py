@@ -13,6 +13,7 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from archive_samples import byte_rows, commit, photo_rows, pixels, png, row, stand_in
@@ -118,6 +119,19 @@ def test_keys_are_a_set_in_order(tmp_path: Path) -> None:
     assert "a" not in archive and "" not in archive and 3 not in archive
     with pytest.raises(ArchiveError, match="no photo 'nowhere'"):
         archive.blob("nowhere")
+
+
+def test_some_rows_of_many_parts_are_small_where_they_are_pickled(tmp_path: Path) -> None:
+    parts = {f"{at:03}": list(byte_rows(2, prefix=f"{at:03}-")) for at in range(200)}
+    commit(str(tmp_path), parts)
+    archive = open_archive(str(tmp_path))
+    some = archive.select(pa.array([5, 6, 7], pa.int64()))
+    assert some.keys() == archive.keys()[5:8]
+    assert some.blobs(some.keys()) == archive.blobs(some.keys())
+    assert [part.name for part in some.manifest.parts] == sorted(
+        set(some.index["part"].to_pylist())
+    )
+    assert len(pickle.dumps(some)) < 20_000 < len(pickle.dumps(archive))
 
 
 def test_blobs_come_in_the_order_asked_for(tmp_path: Path) -> None:

@@ -45,8 +45,10 @@ def test_every_key_is_found_in_any_order(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(rows) == len(keys)
     for order in (sorted(keys), keys[::-1]):
         for key in order:
-            version, part = rows.find(key) or (None, None)
-            assert version is not None and part is parts[keys.index(key) % 2]
+            found = rows.find(key)
+            assert found is not None and found.part is parts[keys.index(key) % 2]
+            version = found.version
+            assert not found.unread
             assert (version.size, version.mtime, version.etag) == (len(key), TIME, f"e{key}")
     assert [rows.find(key) for key in ("", "001", "zz", "\U0001f600")] == [None] * 4
     assert held_rows(tmp_path).find("000") is None

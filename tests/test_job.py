@@ -10,6 +10,7 @@ import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,6 +172,101 @@ def test_a_later_run_takes_in_what_is_new_or_has_changed_and_drops_nothing(
 
     again = run_here(source, archive)
     assert again.up_to_date and (again.changed, again.unlisted) == (0, 1)
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of files that cannot be read."""
+    names: set[str] = set()
+    cat_file = LocalFileSystem.cat_file
+
+    def cat(self: LocalFileSystem, path: str, *args: Any, **options: Any) -> bytes:
+        if Path(path).name in names:
+            raise PermissionError(13, "Permission denied", path)
+        data: bytes = cat_file(self, path, *args, **options)
+        return data
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", cat)
+    return names
+
+
+def test_what_has_changed_and_cannot_be_read_keeps_its_row(
+    run_here: Run, tmp_path: Path, closed: set[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    source = fill(tmp_path / "source", ["a.png", "b.png", "c.png"])
+    archive = tmp_path / "archive"
+    run_here(source, archive, shard_images=3)
+    before, blob = files(archive), vaestream.open(str(archive)).blob("b.png")
+    (source / "b.png").write_bytes(png(99))
+    closed.add("b.png")
+    summary = run_here(source, archive, shard_images=3)
+    assert summary.failed == ["b.png"] and not summary.up_to_date
+    assert "b.png: cannot be read: PermissionError" in caplog.text
+    assert "the row of its earlier version stays" in caplog.text
+    after = files(archive)
+    assert {n: d for n, d in after.items() if n != "report.html"} == {
+        n: d for n, d in before.items() if n != "report.html"
+    }
+
+    (source / "a.png").write_bytes(png(98))
+    summary = run_here(source, archive, shard_images=3)
+    opened = vaestream.open(str(archive))
+    assert (summary.objects, summary.failed) == (3, ["b.png"])
+    assert opened.blob("b.png") == blob and opened.row("b.png").error is None
+    assert opened.row("a.png").source_sha256 == hashlib.sha256(png(98)).hexdigest()
+
+    closed.clear()
+    summary = run_here(source, archive, shard_images=3)
+    row = vaestream.open(str(archive)).row("b.png")
+    assert row.source_sha256 == hashlib.sha256(png(99)).hexdigest()
+    assert summary.failed == [] and verify(str(archive)) == []
+    assert run_here(source, archive, shard_images=3).up_to_date
+
+
+def test_what_could_not_be_read_is_tried_again(
+    run_here: Run, tmp_path: Path, closed: set[str]
+) -> None:
+    source = fill(tmp_path / "source", ["a.png", "b.png", "c.png"])
+    (source / "dead.png").symlink_to(tmp_path / "gone.png")
+    archive = tmp_path / "archive"
+    closed.add("b.png")
+    first = run_here(source, archive)
+    assert first.failed == ["b.png", "dead.png"]
+    before = files(archive)
+    again = run_here(source, archive)
+    assert (again.failed, again.changed, again.unlisted) == (["b.png", "dead.png"], 0, 0)
+    after = files(archive)
+    assert {n: d for n, d in after.items() if n != "report.html"} == {
+        n: d for n, d in before.items() if n != "report.html"
+    }
+    closed.clear()
+    assert run_here(source, archive).failed == ["dead.png"]
+    assert vaestream.open(str(archive)).row("b.png").codec == "vae"
+    assert run_here(source, archive).up_to_date
+
+
+def test_what_was_too_large_is_read_where_more_is_allowed(run_here: Run, tmp_path: Path) -> None:
+    source = fill(tmp_path / "source", ["a.png", "b.png"])
+    (source / "large.bin").write_bytes(bytes(100_000))
+    archive = tmp_path / "archive"
+    assert run_here(source, archive, max_object_bytes=50_000).failed == ["large.bin"]
+    assert run_here(source, archive, max_object_bytes=50_000).up_to_date
+    assert run_here(source, archive, max_object_bytes=100_000).failed == []
+    assert vaestream.open(str(archive)).blob("large.bin") == bytes(100_000)
+
+
+def test_rows_beside_the_sources_are_counted_after_an_interruption(
+    run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = fill(tmp_path / "source", [f"{letter}.png" for letter in "bcdefg"])
+    archive = tmp_path / "archive"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Destination, "commit", _die)
+        run_here(source, archive)
+    fill(source, ["a.png"], first=9)
+    (source / "g.png").unlink()
+    summary = run_here(source, archive)
+    assert (summary.objects, summary.changed, summary.unlisted) == (7, 0, 1)
 
 
 def test_a_change_while_a_run_is_interrupted_leaves_one_row_an_object(
@@ -514,18 +610,14 @@ def test_two_pools_meet_and_each_part_is_told_once(monkeypatch: pytest.MonkeyPat
     assert len(pools) == 2
     orders: dict[str, list[str]] = {}
 
-    def run_pool(shards: Any, spec: Any, pool: Any, most: Any) -> Iterator[str]:
+    def run_pool(shards: Any, spec: Any, pool: Any, most: Any) -> Iterator[Any]:
         orders[pool.device] = list(shards)
-        yield from map(Part, shards)
-
-    class Part:
-        def __init__(self, part_id: str) -> None:
-            self.part_id = part_id
+        yield from (SimpleNamespace(part=SimpleNamespace(part_id=one)) for one in shards)
 
     monkeypatch.setattr(cluster, "_run_pool", run_pool)
     shards: Any = list("abcdefghi")
     spec: Any = None
-    assert sorted(part.part_id for part in run_shards(shards, spec, pools, None)) == shards
+    assert sorted(made.part.part_id for made in run_shards(shards, spec, pools, None)) == shards
     assert orders == {"cuda": shards, "cpu": shards[::-1]}
 
     def fail(*arguments: Any) -> Iterator[str]:

@@ -5,6 +5,7 @@ import io
 import random
 import tarfile
 import tempfile
+import threading
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -14,11 +15,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 from photos import png
 from without_ray import without_ray
 
 import vaestream
-from vaestream.archive import retries
+from vaestream.archive import retries, storage
 from vaestream.errors import SourceError
 from vaestream.pipeline.fetch import Fetched, fetch_all
 from vaestream.pipeline.job import Summary
@@ -103,8 +106,48 @@ def test_members_of_one_name_come_out_as_they_went_in(tmp_path: Path) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 archive.writestr("a.png", png(number))
+        archive.writestr("a~2.png", png(3))
     found = contents(read(path))
-    assert found == {"a.png": png(0), "a~2.png": png(1), "a~3.png": png(2)}
+    assert found == {"a.png": png(0), "a~2.png": png(1), "a~3.png": png(2), "a~2~2.png": png(3)}
+
+
+class Hanging(LocalFileSystem):  # type: ignore[misc]
+    """Its first ranged read gives no answer, however long one waits."""
+
+    protocol = "hanging"
+    cachable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.never, self.hung = threading.Event(), False
+
+    def cat_file(self, path: str, *args: Any, **options: Any) -> bytes:
+        if not self.hung:
+            self.hung = True
+            self.never.wait()
+        data: bytes = super().cat_file(path, *args, **options)
+        return data
+
+
+@pytest.mark.parametrize("kind", ["zip", "parquet"])
+def test_a_read_without_an_answer_costs_no_member(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    # A store with a limit: local files have none.
+    for module in (retries, storage):
+        monkeypatch.setattr(module, "LocalFileSystem", MemoryFileSystem)
+    monkeypatch.setattr(retries, "_ANSWER_SECONDS", 1.0)
+    path = tmp_path / f"photos.{kind}"
+    if kind == "zip":
+        make_zip(path, zipfile.ZIP_DEFLATED)
+    else:
+        pq.write_table(pa.table({"image": list(FILES.values())}), path)
+    objects = list(list_sources([str(path)]))
+    fs = Hanging()
+    got = list(fetch_all(objects, [fs], members=MemberReader(), max_object_bytes=1 << 30))
+    fs.never.set()
+    assert fs.hung and [one.error for one in got] == [None] * 4
+    assert [one.data for one in got] == list(FILES.values())
 
 
 def test_a_zip_that_has_changed_since_gives_no_member_for_another(tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ def test_links_to_files_count_links_to_folders_and_pipes_do_not(tmp_path: Path) 
     listing = list_sources([str(source)])
     assert keys(listing) == ["dead.jpg", "link.jpg", "real.jpg"]
     assert listing.objects[1].version.size == len("elsewhere.jpg")
+    assert (listing.objects[0].problem or "").startswith("FileNotFoundError")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
@@ -182,11 +183,35 @@ def test_include_and_exclude(tmp_path: Path) -> None:
         listing = list_sources([str(tmp_path)], **patterns)
         return keys(listing), listing.left_out
 
-    assert left(include=["*.jpg"], exclude=[".*"]) == (["2019/a.jpg", "2020/raw/c.jpg"], 3)
+    assert left(include=["*.jpg"], exclude=[".*"]) == (["2019/a.jpg", "2020/raw/c.jpg"], 2)
     assert left(include=["2020/*"]) == (["2020/b.JPG", "2020/raw/c.jpg"], 3)
-    assert left(exclude=["raw", "*.xmp", ".*"]) == (["2019/a.jpg", "2020/b.JPG"], 3)
+    assert left(exclude=["raw", "*.xmp", ".*"]) == (["2019/a.jpg", "2020/b.JPG"], 1)
     with pytest.raises(SourceError, match="5 objects, all of them left out"):
         left(include=["*.gif"])
+
+
+def test_a_folder_that_is_left_out_need_not_be_readable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "a.jpg", "lost+found/b.jpg", "c/lost+found/d.jpg")
+    scandir = os.scandir
+
+    def closed(folder: str) -> Any:
+        if folder.endswith("lost+found"):
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(SourceError, match="Permission denied"):
+        list_sources([str(tmp_path)])
+    assert keys(list_sources([str(tmp_path)], exclude=["lost+*"])) == ["a.jpg"]
+
+
+def test_files_that_would_share_a_key_are_told_of_at_once(tmp_path: Path) -> None:
+    write(tmp_path, "x/caf%E9.jpg")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/x/caf\xe9.jpg")).write_bytes(b"1")
+    with pytest.raises(SourceError, match=r"'caf%E9.jpg' and 'caf\\udce9.jpg' .* rename one"):
+        list_sources([str(tmp_path)])
 
 
 def test_the_destination_is_no_source(tmp_path: Path) -> None:

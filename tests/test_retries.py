@@ -1,9 +1,12 @@
 """Calls to a store: what is tried again, how often, and that nothing waits for ever."""
 
 import errno
+import os
+import stat
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -198,6 +201,41 @@ def test_of_several_ranges_those_that_failed_are_read_again() -> None:
     assert answers == [b"01", b"5678", b"3"]
     assert sorted(read) == [0, 3, 5, 5, 5]
     fs.rm("/flaky", recursive=True)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_file_takes_the_place_of_another_in_stores_that_move_onto_none(told: bool) -> None:
+    class Stubborn(MemoryFileSystem):  # type: ignore[misc]
+        protocol = "stubborn"
+        cachable = False
+
+        def mv(self, source: str, target: str, **options: Any) -> None:
+            if not self.exists(target):
+                super().mv(source, target, **options)
+            elif told:
+                raise FileExistsError(target)
+
+    fs = Stubborn()
+    for data in (b"first", b"the second"):
+        put_bytes(fs, "/stubborn/file", data)
+        assert fs.cat_file("/stubborn/file") == data
+        assert [info["name"] for info in fs.ls("/stubborn")] == ["/stubborn/file"]
+    fs.rm("/stubborn", recursive=True)
+
+
+def test_a_folder_that_cannot_be_flushed_takes_files_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def of_files(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", of_files)
+    put_bytes(LocalFileSystem(), str(tmp_path / "file"), b"data")
+    assert (tmp_path / "file").read_bytes() == b"data"
 
 
 def test_an_error_names_path_and_reason(pauses: list[float]) -> None:

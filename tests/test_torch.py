@@ -1,5 +1,6 @@
 """The torch connector: photos as the archive gives them, in an order to stop and go on in."""
 
+import errno
 import hashlib
 import itertools
 import json
@@ -618,6 +619,35 @@ def test_a_cache_keeps_to_its_limit(
         for batch in loader:
             assert 0 < stored(cache) <= limit
             assert all(torch.equal(item["image"], expected[item["key"]]) for item in batch)
+
+
+def test_a_full_disk_is_not_counted_time_and_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, counted = BlobCache(tmp_path, 1000), list[int]()
+    blobs = [bytes([i]) * 30 for i in range(6)]
+    digests = [hashlib.sha256(blob).digest() for blob in blobs]
+    cache.put(digests[0], blobs[0])
+
+    def full(path: Path, data: bytes) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    files = BlobCache._files
+
+    def count(cache: BlobCache) -> Any:
+        counted.append(1)
+        return files(cache)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        patch.setattr(BlobCache, "_files", count)
+        for digest, blob in zip(digests[1:], blobs[1:], strict=True):
+            cache.put(digest, blob)
+    assert not counted and not (tmp_path / ".writing").exists()
+    assert [digest in cache for digest in digests] == [True] + [False] * 5
+    cache.put(digests[1], blobs[1])
+    assert cache.get(digests[1]) == blobs[1]
 
 
 def test_what_was_used_last_stays(tmp_path: Path) -> None:

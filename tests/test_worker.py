@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fsspec.implementations.local import LocalFileSystem
 from photos import fill, pixels, png
 
@@ -81,6 +82,33 @@ def test_a_surprise_in_one_photo_is_that_photos_error(
     row = Compressor(codec, Settings.of()).row(item("a"), b"bytes")
     assert (row.codec, row.data) == ("source", b"bytes")
     assert row.error == "cannot be compressed: RuntimeError: a bug in a decoder"
+
+
+def test_a_device_that_fails_for_all_photos_is_no_photos_error(
+    codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(codec, "compress", fail)
+    with pytest.raises(VaestreamError, match=r"device cpu: nothing .* illegal memory access"):
+        Compressor(codec, Settings.of()).row(item("a"), png(1))
+
+
+def test_memory_that_others_had_for_a_moment_is_asked_for_again(
+    codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compress, tries = codec.compress, list[int]()
+
+    def short(*args: Any, **options: Any) -> Any:
+        tries.append(1)
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError
+        return compress(*args, **options)
+
+    monkeypatch.setattr(codec, "compress", short)
+    row = Compressor(codec, Settings.of(min_psnr=0)).row(item("a"), png(1))
+    assert (row.codec, row.error) == ("vae", None)
 
 
 def test_an_object_that_has_changed_since_it_was_listed_has_no_known_state() -> None:
@@ -193,6 +221,19 @@ def test_an_object_over_the_cap_is_told_by_its_size(tmp_path: Path) -> None:
     assert got.data is None and "1001 bytes" in (got.error or "")
 
 
+def test_an_object_over_the_cap_is_not_read_where_only_the_store_knows_its_size(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "large").write_bytes(bytes(1001))
+    url = f"file://{tmp_path}/large"
+    (got,) = fetch([SourceObject("large", 0, url[7:], url, Version())], Flaky(0, cut=0))
+    assert got.data == bytes(1001)
+    refusing = Flaky(99, error=AssertionError("is read"))
+    unknown = SourceObject("large", 0, url[7:], url, Version())
+    (got,) = fetch([unknown], refusing, max_object_bytes=1000)
+    assert "1001 bytes" in (got.error or "")
+
+
 # --- processes ---------------------------------------------------------------------------------
 
 
@@ -287,7 +328,7 @@ def test_the_part_that_stands_first_stays(
         return load(data, **options)
 
     monkeypatch.setattr(images, "load", slow)
-    info = ShardWorker(spec).run(shard)
+    info = ShardWorker(spec).run(shard).part
     # One is loaded ahead.
     assert len(loaded) <= 2 if looks else len(loaded) == 6
     assert info == find_part(fs, root, shard.part_id) and info.stats.photos_vae == 0

@@ -7,10 +7,16 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import pytest
 
-from vaestream.archive.manifest import PartInfo
 from vaestream.pipeline import job
 from vaestream.pipeline.cluster import Pool
-from vaestream.pipeline.worker import PackedShard, ShardWorker, WorkerSpec, make_batch, part_of
+from vaestream.pipeline.worker import (
+    Made,
+    PackedShard,
+    ShardWorker,
+    WorkerSpec,
+    made_of,
+    make_batch,
+)
 
 
 @contextmanager
@@ -26,8 +32,8 @@ def without_ray() -> Iterator[None]:
 
 def _run_shards(
     shards: Sequence[PackedShard], spec: WorkerSpec, pools: Sequence[Pool], most: int | None
-) -> Iterator[PartInfo]:
+) -> Iterator[Made]:
     worker = ShardWorker(pickle.loads(pickle.dumps(spec)))  # as it goes through Ray
     for row in make_batch(shards):
-        (outcome,) = worker({"shard": np.array([row["shard"]], object)})["part"]
-        yield part_of(outcome)
+        (outcome,) = worker({"shard": np.array([row["shard"]], object)})["made"]
+        yield made_of(outcome)

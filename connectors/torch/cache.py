@@ -58,11 +58,16 @@ class BlobCache:
                 total[0] = self._shrink(
                     min(int(_LEAVE * self.max_bytes), self.max_bytes - len(data))
                 )
-            path.parent.mkdir(exist_ok=True)
             temporary = self.folder / _TEMPORARY
-            temporary.write_bytes(data)
-            temporary.replace(path)
-            total[0] += len(data)
+            try:
+                path.parent.mkdir(exist_ok=True)
+                temporary.write_bytes(data)
+                temporary.replace(path)
+            except OSError:
+                # What is counted stays so: a full disk had better not be counted time and again.
+                temporary.unlink(missing_ok=True)
+            else:
+                total[0] += len(data)
 
     @contextmanager
     def filling(self, sha256: bytes) -> Iterator[None]:

@@ -58,9 +58,19 @@ class PartStats:
         """All rows."""
         return self.photos_vae + self.kept + self.errors
 
+    @property
+    def bpp(self) -> float | None:
+        """Bits per pixel of the photos with a bitstream, all their bits by all their pixels."""
+        return 8 * self.vae_coded_bytes / self.vae_pixels if self.vae_pixels else None
+
+    @property
+    def psnr(self) -> float | None:
+        """Their mean PSNR in dB."""
+        return self.psnr_sum / self.psnr_count if self.psnr_count else None
+
     def add(self, row: Row) -> None:
         """Count one row in."""
-        if row.data or row.error is None:
+        if not row.unread:
             self.source_bytes += row.source_size
         self.coded_bytes += len(row.data)
         self.metadata_bytes += sum(len(value or b"") for value in (row.exif, row.xmp, row.icc))

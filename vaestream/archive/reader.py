@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import fsspec
@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 from vaestream import images
 from vaestream.archive.index import index_of, load_index
 from vaestream.archive.layout import Footer, column_ranges, read_footer
-from vaestream.archive.manifest import Manifest, read_manifest
+from vaestream.archive.manifest import Manifest, PartInfo, read_manifest
 from vaestream.archive.schema import INFO_COLUMNS, RowInfo, metadata_crc32, to_infos
 from vaestream.archive.storage import (
     RangeFile,
@@ -107,6 +107,10 @@ class Archive:
         self.manifest: Manifest = read_manifest(self._fs, self._root)
         self.index: pa.Table = self._load_index()
         self._reset()
+
+    @cached_property
+    def _infos(self) -> dict[str, PartInfo]:
+        return {part.name: part for part in self.manifest.parts}
 
     def _connect(self) -> None:
         self._fs, self._root = open_store(self.url, self.storage_options)
@@ -195,12 +199,13 @@ class Archive:
 
         positions: in `index`, ascending.
         """
-        index = self.index.take(positions)
-        names = set(index["part"].unique().to_pylist())
-        parts = tuple(part for part in self.manifest.parts if part.name in names)
-        return self._with(
-            manifest=replace(self.manifest, parts=parts), index=index.combine_chunks()
-        )
+        index = self.index.take(positions).combine_chunks()
+        # A dictionary goes along whole, however few of its names are left.
+        at, kind = index.schema.get_field_index("part"), index.schema.field("part")
+        names = index["part"].cast(pa.string())
+        index = index.set_column(at, kind, names.dictionary_encode().cast(kind.type))
+        parts = tuple(self._infos[name] for name in sorted(names.unique().to_pylist()))
+        return self._with(manifest=replace(self.manifest, parts=parts), index=index)
 
     def to(self, device: str) -> "Archive":
         """The same archive, decoding on another device; nothing is read again but the model."""

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from vaestream.errors import ArchiveError
+from vaestream.images import EMPTY_FILE
 
 FORMAT_VERSION = 1
 """Version of the parts, the index and the manifest; readers refuse a higher one."""
@@ -59,6 +60,11 @@ class Row:
     reason: str | None = None
     error: str | None = None
 
+    @property
+    def unread(self) -> bool:
+        """As `RowInfo.unread`."""
+        return is_unread(self.error, len(self.data))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowInfo:
@@ -89,6 +95,16 @@ class RowInfo:
     icc_num_bytes: int | None
     reason: str | None
     error: str | None
+
+    @property
+    def unread(self) -> bool:
+        """Whether the object could not be read, so that its bytes are not in the archive."""
+        return is_unread(self.error, self.num_bytes)
+
+
+def is_unread(error: str | None, num_bytes: int) -> bool:
+    """See `RowInfo.unread`."""
+    return error is not None and not num_bytes and error != EMPTY_FILE
 
 
 _FEATURES: dict[str, Any] = {"image": {"_type": "Image"}}

@@ -5,6 +5,7 @@ Object stores show an object only when all of it has arrived. On any other store
 name is uploaded and moved there. Calls to the store are made as `retries` has it.
 """
 
+import errno
 import io
 import os
 import secrets
@@ -26,6 +27,8 @@ _ATOMIC_PROTOCOLS = frozenset(
 )
 _TEMPORARY_PREFIX, _TEMPORARY_SUFFIX = ".writing-", ".tmp"
 _GAP_BYTES = 8 << 10
+_NO_FOLDER_FSYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS})
+"""How file systems say that they have none for folders, as those of some shares."""
 
 
 def open_store(url: str, storage_options: dict[str, Any] | None) -> tuple[Any, str]:
@@ -312,6 +315,9 @@ def _publish(temporary: str, path: str) -> None:
     folder = os.open(os.path.dirname(path) or "/", os.O_RDONLY)
     try:
         os.fsync(folder)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_FSYNC:
+            raise
     finally:
         os.close(folder)
 
@@ -340,6 +346,13 @@ def _upload(fs: fsspec.AbstractFileSystem, temporary: str, path: str) -> None:
             fs.invalidate_cache(path)
             if int(fs.info(path)["size"]) != wanted:
                 raise
+        except FileExistsError:
+            pass
+        # Some stores move nothing onto a file (SMB), and not all of them say so (WebHDFS).
+        fs.invalidate_cache(parent)
+        if fs.exists(target):
+            fs.rm_file(path)
+            fs.mv(target, path)
 
     try:
         retrying(fs, put, num_bytes=wanted)

@@ -38,6 +38,11 @@ def part_name(part_id: str) -> str:
     return f"part-{part_id}.parquet"
 
 
+def part_id_of(name: str) -> str | None:
+    """The id of the part that has this file name; None where it is none of a part's."""
+    return name[5:-8] if name.startswith("part-") and name.endswith(".parquet") else None
+
+
 def write_part(
     fs: fsspec.AbstractFileSystem,
     root: str,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vaestream.errors import VaestreamError
 from vaestream.text import shown, size
+from vaestream.urls import public_url
 
 from .exit_codes import ERROR, OK, SOME_FAILED
 from .wording import estimate_text, json_values, percent_text, row_text, summary_text, window_text
@@ -129,8 +130,8 @@ def info(args: argparse.Namespace) -> int:
         "source_bytes": totals.source_bytes,
         "archive_bytes": archive_bytes,
         "ratio": totals.source_bytes / archive_bytes if archive_bytes else None,
-        "bpp": 8 * totals.vae_coded_bytes / totals.vae_pixels if totals.vae_pixels else None,
-        "psnr": totals.psnr_sum / totals.psnr_count if totals.psnr_count else None,
+        "bpp": totals.bpp,
+        "psnr": totals.psnr,
         "megapixels": totals.vae_pixels / 1e6,
         "settings": manifest.settings,
         "model_id": manifest.model_id,
@@ -233,7 +234,8 @@ def report(args: argparse.Namespace) -> int:
     from vaestream.pipeline.report import write_report
 
     _check_device(args.device)
-    print(write_report(_open(args), out=args.out, storage_options=args.storage_options))
+    where = write_report(_open(args), out=args.out, storage_options=args.storage_options)
+    print(public_url(where))
     return OK
 
 

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from vaestream.text import duration, shown, size
+from vaestream.urls import public_url
 
 if TYPE_CHECKING:
     from vaestream.archive.schema import RowInfo
@@ -17,7 +18,9 @@ def summary_text(summary: "Summary", destination: str) -> str:
     """What a job came to."""
     lines = []
     if summary.up_to_date:
-        lines.append(f"{destination}: nothing to do, all {summary.objects} objects are there")
+        lines.append(
+            f"{public_url(destination)}: nothing to do, all {summary.objects} objects are there"
+        )
     lines.append(
         f"{summary.objects} objects: {summary.photos} photos compressed, "
         f"{sum(summary.kept.values())} kept as their source, "

@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from vaestream.archive.manifest import PartInfo
 from vaestream.errors import VaestreamError
 from vaestream.pipeline.worker import (
+    Made,
     PackedShard,
     ShardWorker,
     WorkerSpec,
+    made_of,
     make_batch,
-    part_of,
 )
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -83,8 +83,8 @@ def plan_pools(
 
 def run_shards(
     shards: Sequence[PackedShard], spec: WorkerSpec, pools: Sequence[Pool], most: int | None
-) -> Iterator[PartInfo]:
-    """The parts of `shards`, as they end.
+) -> Iterator[Made]:
+    """What becomes of `shards`, as they end.
 
     spec: its device is the pool's. pools: of `plan_pools`. most: up to how many workers a pool may
     grow; None where pools keep their size. Errors: VaestreamError, as workers and Ray tell them.
@@ -97,20 +97,20 @@ def run_shards(
 
 def _run_both(
     shards: Sequence[PackedShard], spec: WorkerSpec, pools: Sequence[Pool], most: int | None
-) -> Iterator[PartInfo]:
+) -> Iterator[Made]:
     """Two pools on the same shards, from both ends towards each other.
 
     What one has committed the other passes over, and what one has in hand when the other gets there
     goes to the faster (`ShardWorker`): so neither waits for the other, however fast each is, and
     nothing has to be shared but the destination.
     """
-    ended: queue.Queue[PartInfo | BaseException | None] = queue.Queue()
+    ended: queue.Queue[Made | BaseException | None] = queue.Queue()
     stop = threading.Event()
 
     def run(ordered: Sequence[PackedShard], pool: Pool) -> None:
         try:
-            for part in _run_pool(ordered, spec, pool, most):
-                ended.put(part)
+            for made in _run_pool(ordered, spec, pool, most):
+                ended.put(made)
                 if stop.is_set():
                     return
             ended.put(None)
@@ -129,8 +129,8 @@ def _run_both(
                 raise told
             if told is None:
                 running -= 1
-            elif told.part_id not in done:
-                done.add(told.part_id)
+            elif told.part.part_id not in done:
+                done.add(told.part.part_id)
                 yield told
     finally:
         stop.set()
@@ -138,10 +138,10 @@ def _run_both(
 
 def _run_pool(
     shards: Sequence[PackedShard], spec: WorkerSpec, pool: Pool, most: int | None
-) -> Iterator[PartInfo]:
+) -> Iterator[Made]:
     rows = make_batch(shards)
     spec = replace(spec, device=pool.device)
-    return (part_of(row["part"]) for row in map_rows(ShardWorker, (spec,), rows, pool, most))
+    return (made_of(row["made"]) for row in map_rows(ShardWorker, (spec,), rows, pool, most))
 
 
 def map_rows(

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from vaestream import images
@@ -123,7 +124,8 @@ def default_floor(quality: float) -> float:
 
 
 class Compressor:
-    """Makes rows. It never raises for what an object holds: that ends in the row.
+    """Makes rows. It never raises for what an object holds: that ends in the row. Errors:
+    VaestreamError where the device fails.
 
     verify: how many of the written bitstreams are decoded again, and the source kept where the
     result is not what the encoder has promised: none, about one in sixteen (chosen by the source's
@@ -160,12 +162,29 @@ class Compressor:
         if data is None or loading is None:
             return unread(got)
         try:
-            return self._row(item, data, loading.result())
+            try:
+                return self._row(item, data, loading.result())
+            except torch.OutOfMemoryError:
+                # Of a GPU: other workers there may need less a moment later.
+                torch.cuda.empty_cache()
+                return self._row(item, data, loading.result())
         except Exception as error:
             # The one place that catches all: a surprise in one of a million photos costs that
             # photo's row its compression, not the job.
             _log.warning("%s: kept as it is", item.url, exc_info=True)
+            self._check_codec()
             return failed(item, data, f"cannot be compressed: {describe(error)}")
+
+    def _check_codec(self) -> None:
+        """Raise VaestreamError where not even the plainest picture can be compressed any longer: a
+        GPU that has failed once may fail for all that follows."""
+        try:
+            self._settings.encode(self._codec, np.zeros((64, 64, 3), np.uint8))
+        except Exception as error:
+            raise VaestreamError(
+                f"device {self._codec.device}: nothing can be compressed there any longer: "
+                f"{describe(error)}"
+            ) from error
 
     def _load(self, item: SourceObject, data: bytes) -> _Loaded:
         return images.load(data, name=item.key, max_pixels=self._settings.max_pixels)
@@ -253,7 +272,8 @@ def failed(item: SourceObject, data: bytes | None, error: str) -> Row:
     if data is not None:
         return kept(item, data, error=error)
     unread = {**_source(item, b""), "source_size": item.version.size or 0}
-    return Row(data=b"", codec="source", error=error, **unread)
+    version = {"source_mtime": item.version.mtime, "source_etag": item.version.etag}
+    return Row(data=b"", codec="source", error=error, **(unread | version))
 
 
 def unread(got: Fetched) -> Row:

@@ -33,7 +33,7 @@ from vaestream.archive.storage import (
     remove_folder,
     shown,
 )
-from vaestream.archive.writer import committed_part, model_path, write_model
+from vaestream.archive.writer import committed_part, model_path, part_id_of, write_model
 from vaestream.errors import ArchiveError, DamagedArchiveError, SettingsMismatchError
 from vaestream.pipeline.attempts import JOB_FOLDER
 from vaestream.pipeline.held import HeldRows
@@ -92,7 +92,7 @@ class Destination:
         if running is not None and running.replace and manifest is not None:
             if running.over != manifest.index_sha256:
                 # That job's archive stands there; only what it replaced may still lie about.
-                left = {name for name in names if _part_id(name)}
+                left = {name for name in names if part_id_of(name)}
                 left -= {part.name for part in manifest.parts}
                 running = None
             elif not overwrite:
@@ -106,7 +106,7 @@ class Destination:
         if not overwrite:
             if found is not None and found != wanted:
                 raise SettingsMismatchError(f"{shown(fs, root)}: {_differences(found, wanted)}")
-            if found is None and any(_part_id(name) for name in names):
+            if found is None and any(part_id_of(name) for name in names):
                 raise SettingsMismatchError(
                     f"{shown(fs, root)}: holds parts of an archive, but neither {MANIFEST} "
                     "nor the record of a job; choose another destination, or overwrite"
@@ -114,7 +114,9 @@ class Destination:
         names = [name for name in names if name not in left]
         return cls(fs, root, settings, model_id, manifest, overwrite, names, left)
 
-    def work(self, objects: Iterable[SourceObject], cutter: Cutter) -> Work:
+    def work(
+        self, objects: Iterable[SourceObject], cutter: Cutter, *, max_object_bytes: int = 1 << 30
+    ) -> Work:
         """Divide `objects` into what the archive holds already and shards of what is to be done."""
         listed = {part.name: part for part in self.manifest.parts} if self.manifest else {}
         loose = self._committed(name for name in self._names if name not in listed)
@@ -123,7 +125,17 @@ class Destination:
         present = self._present(listed)
         gone = sorted(set(listed) - {part.name for part in present})
         lost = self._keys_of(gone) if gone else set()
-        return Growth(self.fs, self.root, objects, cutter, present, loose, gone=gone, lost=lost)
+        return Growth(
+            self.fs,
+            self.root,
+            objects,
+            cutter,
+            present,
+            loose,
+            gone=gone,
+            lost=lost,
+            max_object_bytes=max_object_bytes,
+        )
 
     def is_finished(self, work: Work) -> bool:
         """Whether the archive stands there, whole, with just the parts of `work`, which has nothing
@@ -188,7 +200,7 @@ class Destination:
         if alone():
             replaced |= self._doubled(parts, replaced)
         for name in replaced:
-            if _part_id(name) and name not in stays:
+            if part_id_of(name) and name not in stays:
                 remove(self.fs, join(self.root, name))
         if self.manifest and self.manifest.model_id not in (None, self.model_id):
             remove(self.fs, model_path(self.root, str(self.manifest.model_id)))
@@ -249,7 +261,7 @@ class Destination:
     def _committed(self, names: Iterable[str]) -> list[PartInfo]:
         """Parts among these files; one with a damaged footer does not count and is made again."""
 
-        ids = [part_id for name in names if (part_id := _part_id(name))]
+        ids = [part_id for name in names if (part_id := part_id_of(name))]
         with ThreadPoolExecutor(_THREADS) as pool:
             found = pool.map(lambda part_id: committed_part(self.fs, self.root, part_id), ids)
             return [part for part in found if part is not None]
@@ -272,10 +284,6 @@ def _read_record(fs: AbstractFileSystem, root: str) -> _Record | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise ArchiveError(f"{join(root, _RECORD)}: is damaged; remove it to go on") from error
-
-
-def _part_id(name: str) -> str | None:
-    return name[5:-8] if name.startswith("part-") and name.endswith(".parquet") else None
 
 
 def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:

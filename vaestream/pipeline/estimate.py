@@ -82,8 +82,8 @@ def estimate(prepared: Prepared, *, sample: int = 32, max_object_bytes: int = 1 
         errors=stats.errors,
         ratio=ratio,
         archive_bytes=None if ratio is None else round(total / ratio),
-        bpp=8 * stats.vae_coded_bytes / stats.vae_pixels if stats.vae_pixels else None,
-        psnr=stats.psnr_sum / stats.psnr_count if stats.psnr_count else None,
+        bpp=stats.bpp,
+        psnr=stats.psnr,
         worker_hours=seconds / 3600 * objects / len(chosen) if chosen else 0.0,
     )
 

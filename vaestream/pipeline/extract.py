@@ -282,10 +282,8 @@ def _write(
     result: Extracted,
 ) -> None:
     for row, data in contents:
-        # A store may not have told the size of what could not be read.
-        unread = row.num_bytes < row.source_size or not row.num_bytes
-        if row.error is not None and row.error != images.EMPTY_FILE and unread:
-            result.failures[row.key] = row.error
+        if row.unread:
+            result.failures[row.key] = str(row.error)
             continue
         name = names.of(row)
         try:

@@ -4,14 +4,13 @@ from collections import deque
 from collections.abc import Iterator, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 from fsspec import AbstractFileSystem
 
 from vaestream.archive.retries import LISTING_SECONDS, UNKNOWN_BYTES, may_pass, retrying
 from vaestream.errors import SourceError
 from vaestream.pipeline.members import MemberError, MemberReader
-from vaestream.pipeline.plan import SourceObject, Span
+from vaestream.pipeline.plan import Cell, SourceObject, Span, ZipMember
 from vaestream.text import describe
 from vaestream.urls import public_text
 
@@ -145,6 +144,8 @@ def _read(
     if item.problem is not None:
         raise MemberError(item.problem)
     size = item.version.size
+    if size is None and item.member is None:
+        size = _told_size(fs, item.path)
     if size is not None and size > max_object_bytes:
         raise TooLargeError(_too_large(size, max_object_bytes))
 
@@ -156,9 +157,15 @@ def _read(
     num_bytes = UNKNOWN_BYTES if size is None else size
     # Before the first member of a compressed tar comes all of it, whose size is not known here.
     whole = isinstance(item.member, Span) and item.member.compressed
-    read_again = partial(
-        retrying, fs, read, num_bytes=num_bytes, seconds=LISTING_SECONDS if whole else None
-    )
+    # The reader of these limits its own calls, as others may wait while it makes them.
+    limited = isinstance(item.member, ZipMember | Cell)
+
+    def read_again() -> bytes:
+        if limited:
+            return read()
+        seconds = LISTING_SECONDS if whole else None
+        return retrying(fs, read, num_bytes=num_bytes, seconds=seconds)
+
     data = read_again()
     for _ in range(_READINGS):
         if size is None or len(data) == size:
@@ -168,6 +175,15 @@ def _read(
     if len(data) > max_object_bytes:
         raise TooLargeError(_too_large(len(data), max_object_bytes))
     return data
+
+
+def _told_size(fs: AbstractFileSystem, path: str) -> int | None:
+    """What the store says, if it does: what comes without a size may be larger than memory."""
+    try:
+        size = retrying(fs, lambda: fs.info(path).get("size"))
+    except Exception:  # every store has errors of its own; reading tells
+        return None
+    return None if size is None else int(size)
 
 
 def _too_large(size: int, limit: int) -> str:

@@ -3,6 +3,7 @@
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
 from vaestream.archive.manifest import PartInfo
+from vaestream.archive.schema import is_unread
 from vaestream.archive.storage import RangeFile, join
 from vaestream.errors import DamagedArchiveError
 from vaestream.pipeline.plan import Version
@@ -17,15 +19,26 @@ from vaestream.pipeline.plan import Version
 _THREADS = 16
 _CHUNK = 1024
 
+_READ = ["key", "source_size", "source_mtime", "source_etag", "num_bytes", "error"]
 _SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("source_size", pa.int64()),
         ("source_mtime", pa.timestamp("us", tz="UTC")),
         ("source_etag", pa.string()),
+        ("unread", pa.bool_()),
         ("part", pa.int32()),
     ]
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What is held of an object: in which version and part, and whether it is `RowInfo.unread`."""
+
+    version: Version
+    unread: bool
+    part: PartInfo
 
 
 class HeldRows:
@@ -45,8 +58,8 @@ class HeldRows:
     def __len__(self) -> int:
         return len(self._table)
 
-    def find(self, key: str) -> tuple[Version, PartInfo] | None:
-        """The version that is held and its part; fast where the keys asked for ascend."""
+    def find(self, key: str) -> Held | None:
+        """What is held of an object; fast where the keys asked for ascend."""
         number = bisect_right(self._starts, key) - 1
         if number < 0:
             return None
@@ -57,8 +70,8 @@ class HeldRows:
         at = bisect_left(keys, key)
         if at == len(keys) or keys[at] != key:
             return None
-        size, mtime, etag, part = (chunk[name][at].as_py() for name in _SCHEMA.names[1:])
-        return Version(size, mtime, etag), self._parts[part]
+        size, mtime, etag, unread, part = (chunk[name][at].as_py() for name in _SCHEMA.names[1:])
+        return Held(Version(size, mtime, etag), unread, self._parts[part])
 
     def doubled(self, others: "HeldRows") -> list[PartInfo]:
         """The parts with a key that `others` hold too, or that two of these parts hold."""
@@ -76,9 +89,12 @@ class HeldRows:
         return bool(pc.any(pc.is_in(keys, self._table["key"])).as_py())
 
     def _read(self, number: int) -> pa.Table:
-        table = _read(self._fs, self._root, self._parts[number], _SCHEMA.names[:-1])
+        table = _read(self._fs, self._root, self._parts[number], _READ)
+        facts = zip(table["error"].to_pylist(), table["num_bytes"].to_pylist(), strict=True)
+        unread = pa.array([is_unread(*one) for one in facts], pa.bool_())
         part = pa.array([number] * len(table), pa.int32())
-        return table.append_column("part", part).cast(_SCHEMA)
+        table = table.append_column("unread", unread).append_column("part", part)
+        return table.select(_SCHEMA.names).cast(_SCHEMA)
 
 
 def _read(fs: AbstractFileSystem, root: str, part: PartInfo, columns: list[str]) -> pa.Table:

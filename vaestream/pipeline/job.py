@@ -14,7 +14,9 @@ from typing import Any
 
 from vaestream.archive.manifest import Manifest, PartInfo, PartStats
 from vaestream.archive.reader import open_archive
+from vaestream.archive.schema import MAX_VALUE_BYTES
 from vaestream.archive.storage import exists, join, remove
+from vaestream.archive.writer import part_id_of
 from vaestream.errors import ArchiveError, VaestreamError
 from vaestream.pipeline.cluster import (
     Device,
@@ -29,8 +31,9 @@ from vaestream.pipeline.prepare import Paths, Prepared, prepare
 from vaestream.pipeline.report import REPORT, Moment, Run, write_report
 from vaestream.pipeline.stores import options_for
 from vaestream.pipeline.work import Counts, Work
-from vaestream.pipeline.worker import PackedShard, WorkerSpec
+from vaestream.pipeline.worker import Made, PackedShard, WorkerSpec
 from vaestream.text import describe
+from vaestream.urls import public_text, public_url
 
 _LOG = logging.getLogger("vaestream")
 _WAVE = 1024
@@ -74,11 +77,12 @@ class Summary:
     """What a job has done, JSON-able by `to_json`.
 
     objects: rows of the archive, of which photos are compressed, kept (by reason) are kept as their
-    source, errors (by error) are broken or unread. left_out: objects of the sources that patterns
-    left out. changed: rows that this run has replaced, as their objects had changed; unlisted: rows
-    of objects that the sources do not have (any more), which stay. source_bytes, archive_bytes: of
-    all sources and of all parts; the archive's model has
-    model_bytes beside that. bpp, psnr: of the compressed photos: all their bits by all their
+    source, errors (by error) are broken or unread; also those that could not be read in the version
+    that they have now, so that their row is of an earlier one. left_out: objects of the sources
+    that patterns left out. changed: objects that had changed, whose rows this run has replaced
+    where it could read them; unlisted: rows of objects that the sources do not have (any more),
+    which stay. source_bytes, archive_bytes: of all sources and of all parts; the archive's model
+    has model_bytes beside that. bpp, psnr: of the compressed photos: all their bits by all their
     pixels, and the mean in dB. megapixels, seconds, megapixels_per_second: of this run.
     up_to_date: whether there was nothing to do.
     """
@@ -173,7 +177,9 @@ def compress(
     )
     if max_object_bytes < 1:
         raise VaestreamError("object bytes must be at least 1")
+    max_object_bytes = min(max_object_bytes, MAX_VALUE_BYTES)
     new: list[PartInfo] = []
+    unread: dict[str, str] = {}
     moments: list[Moment] = []
     crew = _Crew(address, device, workers, gpus_per_worker, verify, max_object_bytes)
     lease: Lease | None = None
@@ -185,6 +191,7 @@ def compress(
                 settings=settings,
                 shard_images=shard_images,
                 shard_bytes=shard_bytes,
+                max_object_bytes=max_object_bytes,
                 include=include,
                 exclude=exclude,
                 storage_options=storage_options,
@@ -202,19 +209,24 @@ def compress(
                     _LOG.warning(
                         "another job is at work on %s (%s): this one begins at the other end, and "
                         "what both make is kept once",
-                        prepared.url,
+                        public_url(prepared.url),
                         ", ".join(map(str, others)),
                     )
                 place.begin(codec.weights)
                 made: list[PartInfo] = []
                 if progress is not None:
-                    progress(waves.progress(made, time.monotonic() - begin))
-                for part in crew.make(prepared, waves, backwards=bool(others)):
-                    made.append(part)
-                    moments.append(_moment(moments, part, time.monotonic() - begin))
+                    progress(waves.progress(time.monotonic() - begin))
+                for one in crew.make(prepared, waves, backwards=bool(others)):
+                    made.append(one.part)
+                    unread |= one.unread
+                    waves.ended(one.part)
+                    moments.append(_moment(moments, one.part, time.monotonic() - begin))
                     if progress is not None:
-                        progress(waves.progress(made, time.monotonic() - begin))
+                        progress(waves.progress(time.monotonic() - begin))
             new += (part for part in made if part.part_id not in waves.rewritten)
+            # One worker may have left a part as it was where another had more luck.
+            replaced = {part.replaces for part in made}
+            made = [part for part in made if part.name not in replaced]
             with lease.turn():
                 # It tells of the archive that stood here, and a kill may come before the next one.
                 remove(place.fs, join(place.root, REPORT))
@@ -223,13 +235,18 @@ def compress(
                     break
         else:
             raise ArchiveError(
-                f"{prepared.url}: other jobs commit to it time and again; run again later"
+                f"{public_url(prepared.url)}: other jobs commit to it time and again; "
+                "run again later"
             )
     # Also where there was nothing to do: the run before may have been killed just before this.
     if (lease or Lease(place.fs, place.root, crew.run_id)).alone():
         place.clear()
     assert place.manifest is not None
     seconds = time.monotonic() - begin
+    errors = _errors(prepared.url, storage_options) if place.manifest.totals.errors else {}
+    stale = {key: error for key, error in unread.items() if key not in errors}
+    for key, error in stale.items():
+        _LOG.warning("%s: %s; the row of its earlier version stays", key, error)
     if lease is not None:
         _report(prepared.url, Run(seconds, moments), storage_options)
     elif not exists(place.fs, join(place.root, REPORT)):
@@ -242,7 +259,7 @@ def compress(
         model_bytes=len(codec.weights),
         seconds=seconds,
         up_to_date=lease is None,
-        errors=_errors(prepared.url, storage_options) if place.manifest.totals.errors else [],
+        errors=errors | stale,
     )
 
 
@@ -258,8 +275,8 @@ class _Crew:
     max_object_bytes: int
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def make(self, prepared: Prepared, waves: "_Waves", *, backwards: bool) -> Iterator[PartInfo]:
-        """The parts of all shards, as they end; each wave begins with its smallest if
+    def make(self, prepared: Prepared, waves: "_Waves", *, backwards: bool) -> Iterator[Made]:
+        """What becomes of all shards, as they end; each wave begins with its smallest if
         `backwards`, else with its largest."""
         if not waves.first:
             return
@@ -293,8 +310,9 @@ class _Crew:
 class _Waves:
     """Shards in waves of at most `_WAVE`, the next one listed while one is at work.
 
-    shards, objects: listed so far; listed: whether that is all. rewritten: parts that also hold
-    rows of the part they replace. Errors of the listing come with the wave that they end.
+    shards, objects: listed so far; listed: whether that is all. rewritten: ids of parts that also
+    hold rows of the part they replace, and of that one, should it stay. Errors of the listing come
+    with the wave that they end.
     """
 
     def __init__(self, work: Work) -> None:
@@ -305,6 +323,8 @@ class _Waves:
         self.shards = self.objects = self._bytes = 0
         self.listed = False
         self.rewritten: set[str] = set()
+        self._done_shards = self._done_objects = self._done_bytes = 0
+        self._stats = PartStats()
         self.first = self._next()
 
     def __enter__(self) -> "_Waves":
@@ -321,19 +341,25 @@ class _Waves:
             yield wave
             wave = coming.result()
 
-    def progress(self, parts: Sequence[PartInfo], seconds: float) -> Progress:
-        """Where the run stands with these parts made."""
-        sizes = [self._sizes[part.part_id] for part in parts]
+    def ended(self, part: PartInfo) -> None:
+        """Count a shard as done."""
+        objects, size = self._sizes[part.part_id]
+        self._done_shards += 1
+        self._done_objects += objects
+        self._done_bytes += size
+        if part.part_id not in self.rewritten:
+            self._stats += part.stats
+
+    def progress(self, seconds: float) -> Progress:
+        """Where the run stands."""
         return Progress(
             objects=self.objects,
             shards=self.shards,
             listed=self.listed,
-            done_objects=sum(objects for objects, _ in sizes),
-            done_shards=len(parts),
-            share=sum(size for _, size in sizes) / self._bytes if sizes else 0.0,
-            stats=sum(
-                (part.stats for part in parts if part.part_id not in self.rewritten), PartStats()
-            ),
+            done_objects=self._done_objects,
+            done_shards=self._done_shards,
+            share=self._done_bytes / self._bytes if self._done_shards else 0.0,
+            stats=self._stats,
             seconds=seconds,
         )
 
@@ -344,9 +370,12 @@ class _Waves:
                 break
             packed = PackedShard.of(shard)
             wave.append(packed)
-            self._sizes[shard.part_id] = len(shard.objects), packed.source_bytes
+            ids = {shard.part_id}
             if shard.base is not None:
-                self.rewritten.add(shard.part_id)
+                ids.add(part_id_of(shard.base) or "")
+                self.rewritten |= ids
+            for part_id in ids:
+                self._sizes[part_id] = len(shard.objects), packed.source_bytes
             self.objects += len(shard.objects)
         self.shards += len(wave)
         self._bytes += sum(shard.source_bytes for shard in wave)
@@ -361,7 +390,8 @@ def _report(url: str, run: Run | None, storage_options: Mapping[str, Any] | None
         archive = open_archive(url, storage_options=options_for(url, storage_options))
         write_report(archive, run=run, storage_options=storage_options)
     except Exception as error:
-        _LOG.warning("%s: %s was not written: %s", url, REPORT, describe(error))
+        told = public_text(describe(error))
+        _LOG.warning("%s: %s was not written: %s", public_url(url), REPORT, told)
 
 
 def _moment(moments: Sequence[Moment], part: PartInfo, seconds: float) -> Moment:
@@ -372,11 +402,11 @@ def _moment(moments: Sequence[Moment], part: PartInfo, seconds: float) -> Moment
     return Moment(seconds, len(moments) + 1, objects, megapixels)
 
 
-def _errors(url: str, storage_options: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """Key and error of each row that has one."""
+def _errors(url: str, storage_options: Mapping[str, Any] | None) -> dict[str, str]:
+    """The error of each row that has one, by key."""
     index = open_archive(url, storage_options=options_for(url, storage_options)).index
     broken = index.filter(index["error"].is_valid())
-    return list(zip(broken["key"].to_pylist(), broken["error"].to_pylist(), strict=True))
+    return dict(zip(broken["key"].to_pylist(), broken["error"].to_pylist(), strict=True))
 
 
 def _summary(
@@ -388,13 +418,13 @@ def _summary(
     model_bytes: int,
     seconds: float,
     up_to_date: bool,
-    errors: Sequence[tuple[str, str]],
+    errors: Mapping[str, str],
 ) -> Summary:
     totals = manifest.totals
     archive_bytes = sum(part.size for part in manifest.parts)
     megapixels = sum(part.stats.vae_pixels for part in new) / 1e6
     kinds: dict[str, int] = {}
-    for _, error in errors:
+    for error in errors.values():
         kinds[error] = kinds.get(error, 0) + 1
     return Summary(
         objects=manifest.num_rows,
@@ -408,11 +438,11 @@ def _summary(
         archive_bytes=archive_bytes,
         model_bytes=model_bytes,
         ratio=totals.source_bytes / archive_bytes if archive_bytes else None,
-        bpp=8 * totals.vae_coded_bytes / totals.vae_pixels if totals.vae_pixels else None,
-        psnr=totals.psnr_sum / totals.psnr_count if totals.psnr_count else None,
+        bpp=totals.bpp,
+        psnr=totals.psnr,
         megapixels=megapixels,
         seconds=seconds,
         megapixels_per_second=megapixels / seconds if megapixels else None,
         up_to_date=up_to_date,
-        failed=[key for key, _ in errors],
+        failed=list(errors),
     )

@@ -10,12 +10,12 @@ import hashlib
 import os
 import re
 import stat
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from fsspec import AbstractFileSystem
@@ -24,9 +24,10 @@ from vaestream.archive.retries import LISTING_SECONDS, may_pass, retrying
 from vaestream.errors import SourceError
 from vaestream.pipeline.members import is_container, list_members, member_url
 from vaestream.pipeline.plan import SourceObject, Version, escape, safe_key, utc
-from vaestream.pipeline.stores import protocol_of, store_of
+from vaestream.pipeline.stores import store_of
 from vaestream.pipeline.tables import is_list, is_parquet, listed_urls, parquet_kind
-from vaestream.urls import public_text, public_url
+from vaestream.text import describe
+from vaestream.urls import protocol_of, public_text, public_url
 
 _MAGIC = re.compile(r"[*?\[]")
 
@@ -39,7 +40,7 @@ class Listing:
     """The objects of some sources, as `list_sources` has resolved them; iterate once.
 
     stores: filesystems of the objects found so far. left_out: objects so far that the include and
-    exclude patterns have left out.
+    exclude patterns have left out, but for those in folders that were not even entered.
     """
 
     stores: list[AbstractFileSystem] = field(default_factory=list)
@@ -105,7 +106,8 @@ def list_sources(
 
     include, exclude: shell patterns, case-sensitive. One with a slash is matched against the whole
     key, one without against each name in it; `*` also matches slashes. An object is taken if any
-    `include` matches (or there is none) and no `exclude` does.
+    `include` matches (or there is none) and no `exclude` does. Folders with a name that is excluded
+    are not entered, so they need not be readable (but in S3, which has no folders).
 
     Errors: SourceError for a source that does not exist or cannot be listed. What lies deeper is
     found, and told of, by the iteration.
@@ -137,7 +139,7 @@ def _objects(
     count = 0
     for source, prefix in zip(sources, prefixes, strict=True):
         barrier = None if destination is None else _barrier(source.fs, destination, storage_options)
-        for item in _items(listing, source, storage_options):
+        for item in _items(listing, source, exclude, storage_options):
             if barrier is not None and _is_under(_real(source.fs, item.path), barrier):
                 continue
             key = prefix + item.key
@@ -213,19 +215,22 @@ def _as_object(source: _Source) -> _Source:
 
 
 def _items(
-    listing: Listing, source: _Source, storage_options: Mapping[str, Any] | None
+    listing: Listing,
+    source: _Source,
+    exclude: Sequence[str],
+    storage_options: Mapping[str, Any] | None,
 ) -> Iterator[SourceObject]:
     """Objects with keys relative to the source's folder."""
     fs, path = source.fs, source.path
     with _listing(source.text):
         if source.kind == "folder":
-            yield from _plain(listing, fs, path, _walk(fs, path))
+            yield from _plain(listing, fs, path, _walk(fs, path, exclude))
         elif source.kind == "container":
             yield from _members(listing, fs, path, source.info, "")
         elif source.kind == "list":
             yield from _listed(listing, source, storage_options)
         elif source.kind == "glob":
-            yield from _globbed(listing, source)
+            yield from _globbed(listing, source, exclude)
         else:
             name = _last(path.split("?")[0].split("#")[0]) if _is_web(fs) else _last(path)
             checked = _regular(path, source.info)
@@ -241,7 +246,7 @@ def _plain(
         yield _object(listing, fs, path, path[cut:], info)
 
 
-def _globbed(listing: Listing, source: _Source) -> Iterator[SourceObject]:
+def _globbed(listing: Listing, source: _Source, exclude: Sequence[str]) -> Iterator[SourceObject]:
     fs, base = source.fs, source.folder
     matches: dict[str, Info] = retrying(
         fs, lambda: dict(fs.glob(source.path, detail=True)), seconds=LISTING_SECONDS
@@ -251,7 +256,7 @@ def _globbed(listing: Listing, source: _Source) -> Iterator[SourceObject]:
     cut = len(base) + 1 if base else 0
     for path, info in matches.items():
         if info["type"] == "directory":
-            yield from _plain(listing, fs, base, _walk(fs, path))
+            yield from _plain(listing, fs, base, _walk(fs, path, exclude))
             continue
         checked = _regular(path, info)
         if checked is None:
@@ -276,15 +281,16 @@ def _members(
     container = _version(info)
     # Of a container that has changed, no member counts as the one it was.
     state = container.etag or (container.mtime.isoformat() if container.mtime else None)
-    names: Counter[str] = Counter()
+    names: dict[str, int] = {}
     url = _told(fs.unstrip_protocol(path))
     for found in list_members(fs, path):
         # What `tar c .` puts in front of each name says nothing.
-        key = safe_key(found.name.removeprefix("./"))
-        names[key] += 1
-        if names[key] > 1:
-            stem, ending = os.path.splitext(key)
-            key = f"{stem}~{names[key]}{ending}"
+        name = key = safe_key(found.name.removeprefix("./"))
+        stem, ending = os.path.splitext(name)
+        while key in names:
+            names[name] += 1
+            key = f"{stem}~{names[name]}{ending}"
+        names[key] = 1
         version = Version(found.size, found.mtime, state)
         yield SourceObject(
             prefix + key, store, path, member_url(url, found), version, found.member, found.problem
@@ -321,31 +327,47 @@ def _object(
     listing: Listing, fs: AbstractFileSystem, path: str, relative: str, info: Info
 ) -> SourceObject:
     url = _told(fs.unstrip_protocol(path))
-    return SourceObject(safe_key(relative), listing.store(fs), path, url, _version(info))
+    return SourceObject(
+        safe_key(relative),
+        listing.store(fs),
+        path,
+        url,
+        _version(info),
+        problem=info.get("problem"),
+    )
 
 
-def _walk(fs: AbstractFileSystem, path: str) -> Iterator[tuple[str, Info]]:
+def _walk(fs: AbstractFileSystem, path: str, exclude: Sequence[str]) -> Iterator[tuple[str, Info]]:
     """Every file below a folder, ascending by path; memory holds the names of one folder."""
+    exclude = [pattern for pattern in exclude if "/" not in pattern]
     protocols = _protocols(fs)
     with _listing(fs.unstrip_protocol(path)):
         if "file" in protocols:
-            yield from _walk_local(path)
+            yield from _walk_local(path, exclude)
         elif "s3" in protocols:
             yield from _walk_s3(fs, path)
         else:
-            yield from _walk_folders(fs, path)
+            yield from _walk_folders(fs, path, exclude)
 
 
-def _walk_local(folder: str) -> Iterator[tuple[str, Info]]:
+def _walk_local(folder: str, exclude: Sequence[str]) -> Iterator[tuple[str, Info]]:
     names: list[str] = []
     with os.scandir(folder) as entries:
         for entry in entries:
             is_folder = entry.is_dir(follow_symlinks=False)
             names.append(entry.name + "/" * is_folder)
-    for name in sorted(names, key=safe_key):
+    names.sort(key=safe_key)
+    for one, other in pairwise(names):
+        if safe_key(one) == safe_key(other):
+            raise SourceError(
+                f"{_told(folder)}: {one!a} and {other!a} would both be kept as "
+                f"{safe_key(one.rstrip('/'))!r}: rename one"
+            )
+    for name in names:
         path = f"{folder.rstrip('/')}/{name}"
         if name.endswith("/"):
-            yield from _walk_local(path[:-1])
+            if not _is_excluded(name[:-1], exclude):
+                yield from _walk_local(path[:-1], exclude)
             continue
         info = _status(path)
         if info is not None:
@@ -354,7 +376,7 @@ def _walk_local(folder: str) -> Iterator[tuple[str, Info]]:
 
 def _walk_s3(fs: AbstractFileSystem, path: str) -> Iterator[tuple[str, Info]]:
     """A page of a thousand keys at a time: s3fs would gather all of them first."""
-    bucket, _, prefix = path.partition("/")
+    bucket, prefix, _ = fs.split_path(path)
     prefix = prefix.rstrip("/") + "/" if prefix else ""
     more: dict[str, str] = {}
     while True:
@@ -373,13 +395,18 @@ def _page(
     return dict(fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more))
 
 
-def _walk_folders(fs: AbstractFileSystem, folder: str) -> Iterator[tuple[str, Info]]:
+def _walk_folders(
+    fs: AbstractFileSystem, folder: str, exclude: Sequence[str]
+) -> Iterator[tuple[str, Info]]:
     listed = retrying(fs, lambda: list(fs.ls(folder, detail=True)), seconds=LISTING_SECONDS)
+    fs.invalidate_cache(folder)  # or else it would hold all folders in the end
     found = [info for info in listed if info["name"].rstrip("/") != folder]
     is_folder = {info["name"]: info["type"] == "directory" for info in found}
     for info in sorted(found, key=lambda one: one["name"] + "/" * is_folder[one["name"]]):
         if is_folder[info["name"]]:
-            yield from _walk_folders(fs, info["name"].rstrip("/"))
+            below = info["name"].rstrip("/")
+            if not _is_excluded(_last(below), exclude):
+                yield from _walk_folders(fs, below, exclude)
         elif info["type"] == "file":
             yield info["name"], info
 
@@ -389,6 +416,8 @@ def _status(path: str) -> Info | None:
     None is what is no file."""
     try:
         status = os.stat(path)
+    except FileNotFoundError as error:
+        return {"problem": describe(error)} if os.path.islink(path) else {}
     except OSError:
         return {}
     if not stat.S_ISREG(status.st_mode):
@@ -451,6 +480,12 @@ def _selected(key: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
         return any(fnmatch.fnmatchcase(part, pattern) for part in parts)
 
     return (not include or any(map(matches, include))) and not any(map(matches, exclude))
+
+
+def _is_excluded(folder: str, exclude: Sequence[str]) -> bool:
+    """Whether a folder's name matches any of these patterns, which have no slash: so would all keys
+    below it."""
+    return any(fnmatch.fnmatchcase(safe_key(folder), pattern) for pattern in exclude)
 
 
 def _prefixes(sources: Sequence[_Source]) -> list[str]:

@@ -5,6 +5,7 @@ Members are read where they lie, each by itself, and never written out under the
 
 import bz2
 import gzip
+import io
 import lzma
 import os
 import tarfile
@@ -13,6 +14,7 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import IO, Any, Literal
@@ -22,7 +24,7 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
 from vaestream.archive.storage import RangeFile, file_size
-from vaestream.errors import SourceError
+from vaestream.errors import ArchiveError, SourceError
 from vaestream.pipeline.plan import Cell, Member, SourceObject, Span, ZipMember, escape, utc
 from vaestream.pipeline.tables import PARQUET_ENDING, image_cells
 
@@ -150,10 +152,10 @@ class MemberReader:
     def _from_zip(
         self, fs: AbstractFileSystem, item: SourceObject, member: ZipMember, max_bytes: int
     ) -> bytes:
-        with self._lock:
+        with self._lock, _as_the_store_tells():
             archive: zipfile.ZipFile | None = self._held(item, "zip")
             if archive is None:
-                archive = zipfile.ZipFile(_open(fs, item.path))
+                archive = zipfile.ZipFile(io.BufferedReader(_ranges(fs, item), _BLOCK_BYTES))
                 self._hold(item, "zip", archive)
             # By its number, as another may have the same name; but only what was listed.
             entries = archive.infolist()
@@ -171,11 +173,10 @@ class MemberReader:
                 raise
 
     def _from_cell(self, fs: AbstractFileSystem, item: SourceObject, cell: Cell) -> bytes:
-        with self._lock:
+        with self._lock, _as_the_store_tells():
             values: pa.ChunkedArray | None = self._held(item, cell.group)
             if values is None:
-                size = file_size(fs, item.path)
-                file = pq.ParquetFile(RangeFile(fs, item.path, size), pre_buffer=False)
+                file = pq.ParquetFile(_ranges(fs, item), pre_buffer=False)
                 table = file.read_row_group(cell.group, [cell.column], use_threads=False)
                 values = table.flatten().column(0) if "." in cell.column else table.column(0)
                 self._hold(item, cell.group, values)
@@ -202,6 +203,24 @@ class MemberReader:
 def _open(fs: AbstractFileSystem, path: str) -> IO[bytes]:
     file: IO[bytes] = fs.open(path, "rb", block_size=_BLOCK_BYTES, cache_type="readahead")
     return file
+
+
+def _ranges(fs: AbstractFileSystem, item: SourceObject) -> RangeFile:
+    """A container as a file whose every read is a call to the store with a limit of its own: one
+    that hangs costs the threads that wait for it no more than that."""
+    return RangeFile(fs, item.path, file_size(fs, item.path))
+
+
+@contextmanager
+def _as_the_store_tells() -> Iterator[None]:
+    """Raise what the store has raised in the block, not what `storage` makes of it."""
+    try:
+        yield
+    except ArchiveError as error:
+        told = error.__cause__
+        if isinstance(told, Exception):
+            raise told from told.__cause__
+        raise
 
 
 def _unpack(fs: AbstractFileSystem, item: SourceObject, file: IO[bytes]) -> None:

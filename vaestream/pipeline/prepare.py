@@ -36,6 +36,7 @@ def prepare(
     settings: Settings,
     shard_images: int = 256,
     shard_bytes: int = 256 << 20,
+    max_object_bytes: int = 1 << 30,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     storage_options: Mapping[str, Any] | None = None,
@@ -72,4 +73,5 @@ def prepare(
         storage_options=storage_options,
     )
     cutter = Cutter(place.settings, place.model_id, images=shard_images, max_bytes=shard_bytes)
-    return Prepared(url, settings, codec, place, listing, place.work(listing, cutter))
+    work = place.work(listing, cutter, max_object_bytes=max_object_bytes)
+    return Prepared(url, settings, codec, place, listing, work)

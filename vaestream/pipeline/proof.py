@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from vaestream import images
 from vaestream.archive.reader import Archive
-from vaestream.archive.schema import RowInfo
+from vaestream.archive.schema import MAX_VALUE_BYTES, RowInfo
 from vaestream.codec.metrics import psnr
 from vaestream.errors import VaestreamError
 from vaestream.pipeline.fetch import Fetched, fetch_all
@@ -63,6 +63,7 @@ def prove(
         exclude=exclude,
         storage_options=storage_options,
     )
+    max_object_bytes = min(max_object_bytes, MAX_VALUE_BYTES)
     proof = Proof()
     members = MemberReader()
     held = 0
@@ -106,7 +107,7 @@ def _check(archive: Archive, got: Fetched, proof: Proof, max_object_bytes: int) 
     try:
         row = archive.row(key)
         if row.source_sha256 != hashlib.sha256(got.data).hexdigest():
-            if row.error is not None and not row.num_bytes:
+            if row.unread:
                 return f"its bytes are not in the archive: {row.error}"
             return "the source is not what the row was made from"
         blob = archive.blob(key)

@@ -43,7 +43,8 @@ from vaestream.pipeline.members import (
     member_url,
 )
 from vaestream.pipeline.plan import SourceObject, Version
-from vaestream.pipeline.stores import protocol_of, store_of
+from vaestream.pipeline.stores import store_of
+from vaestream.urls import protocol_of
 
 REPORT = "report.html"
 
@@ -265,7 +266,7 @@ def gather(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     with _Sources(storage_options) as sources:
-        photos = [_look_at(archive, row, sources) for row in tally.worst()]
+        photos = [_look_at(archive, row, sources) for row in tally.worst]
     kinds = sorted(tally.kinds.values(), key=lambda kind: (-kind.count, kind.text))
     model_bytes = None
     if manifest.model_id is not None:
@@ -318,8 +319,7 @@ class _Tally:
         self.kinds: dict[str, ErrorKind] = {}
         self.other_errors = 0
         self._most = worst
-        # Of (-dB, key in reverse order, row): the first is the one to give way.
-        self._worst: list[tuple[float, _Reversed, dict[str, Any]]] = []
+        self.worst: list[dict[str, Any]] = []
 
     def add(self, table: pa.Table) -> None:
         """Count a table in."""
@@ -339,17 +339,10 @@ class _Tally:
         places = np.flatnonzero(finite)
         order = np.argsort(values[places], kind="stable")
         # As many as there may be of equal ones are left to the keys' order, which parts keep.
-        for row in coded.take(pa.array(places[order][: self._most], pa.int64())).to_pylist():
-            entry = (-row["psnr"], _Reversed(row["key"]), row)
-            if len(self._worst) < self._most:
-                heapq.heappush(self._worst, entry)
-            else:
-                heapq.heappushpop(self._worst, entry)
-
-    def worst(self) -> list[dict[str, Any]]:
-        """Rows, lowest PSNR first."""
-        rows = [row for _, _, row in self._worst]
-        return sorted(rows, key=lambda row: (row["psnr"], row["key"]))
+        lowest = coded.take(pa.array(places[order][: self._most], pa.int64())).to_pylist()
+        self.worst = heapq.nsmallest(
+            self._most, self.worst + lowest, key=lambda row: (row["psnr"], row["key"])
+        )
 
     def _add_error(self, key: str, error: str) -> None:
         text = _PARTICULAR.sub("…", error)[:300]
@@ -362,16 +355,6 @@ class _Tally:
         kind.count += 1
         insort(kind.keys, key)
         del kind.keys[_KEYS:]
-
-
-@dataclass(frozen=True, slots=True, eq=True)
-class _Reversed:
-    """A text that comes before those it would come after."""
-
-    text: str
-
-    def __lt__(self, other: "_Reversed") -> bool:
-        return self.text > other.text
 
 
 class _Sources:

@@ -76,8 +76,8 @@ def render(report: Report) -> str:
         report=report,
         totals=totals,
         ratio=totals.source_bytes / archive_bytes if archive_bytes else None,
-        bpp=8 * totals.vae_coded_bytes / totals.vae_pixels if totals.vae_pixels else None,
-        psnr=totals.psnr_sum / totals.psnr_count if totals.psnr_count else None,
+        bpp=totals.bpp,
+        psnr=totals.psnr,
         reasons=_reasons(totals.reasons),
         shares=_shares(totals.photos_vae, totals.kept, totals.errors),
         archive_share=100 * min(1.0, archive_bytes / totals.source_bytes)

@@ -10,8 +10,6 @@ from vaestream.archive.storage import open_store
 from vaestream.errors import ArchiveError, SourceError
 from vaestream.urls import is_chained, protocol_of, public_url
 
-__all__ = ["options_for", "protocol_of", "store_of"]
-
 
 def options_for(url: str, storage_options: Mapping[str, Any] | None) -> dict[str, Any]:
     """The part of `storage_options` that is meant for the store of `url`.

@@ -8,8 +8,8 @@ from fsspec import AbstractFileSystem
 from vaestream.archive.manifest import PartInfo
 from vaestream.archive.storage import join
 from vaestream.errors import DamagedArchiveError
-from vaestream.pipeline.held import HeldRows
-from vaestream.pipeline.plan import Cutter, Shard, SourceObject, Version
+from vaestream.pipeline.held import Held, HeldRows
+from vaestream.pipeline.plan import Cutter, Shard, SourceObject
 
 
 @dataclass(slots=True)
@@ -17,8 +17,9 @@ class Counts:
     """Objects of the sources, as far as they have been listed, and rows beside them.
 
     new: not in the archive when the first of the runs that were interrupted began. changed: in the
-    archive with another size, time or ETag. unchanged: there as they are. unlisted: rows of the
-    archive that are in none of the sources; complete when the listing has ended.
+    archive with another size, time or ETag. unchanged: there as they are, also what could not be
+    read and is tried again. unlisted: rows of the archive that are in none of the sources; complete
+    when the listing has ended.
     """
 
     new: int = 0
@@ -69,8 +70,9 @@ class Growth(Work):
 
     Shards are cut from what the archive did not hold when the first of the interrupted runs began,
     so that a run in several goes makes the same parts as one in peace. A changed object's new row
-    replaces the old one: its part is written again, with all other rows as they are. Rows of
-    objects that the sources no longer have stay.
+    replaces the old one: its part is written again, with all other rows as they are. So is that of
+    an object that could not be read, unless its listing tells already that it cannot be now, or has
+    more than `max_object_bytes`. Rows of objects that the sources no longer have stay.
 
     listed: parts of the archive; loose: parts that stand beside it since a run was interrupted.
     gone: names of parts of the archive that are no longer there, lost: the keys that they held.
@@ -89,9 +91,10 @@ class Growth(Work):
         *,
         gone: Sequence[str] = (),
         lost: set[str] | None = None,
+        max_object_bytes: int = 1 << 30,
     ) -> None:
         super().__init__()
-        self._fs, self._root = fs, root
+        self._fs, self._root, self._max_object_bytes = fs, root, max_object_bytes
         self._objects, self._cutter = objects, cutter
         self.dropped = _dropped(listed, loose)
         standing = [part for part in [*listed, *loose] if part.name not in self.dropped]
@@ -99,7 +102,7 @@ class Growth(Work):
         names = {part.name for part in listed} | {p.name for p in loose if p.replaces is not None}
         self._listed = [part for part in standing if part.name in names]
         self._waiting = {part.part_id: part for part in standing if part.name not in names}
-        self._changed: dict[str, list[SourceObject]] = {}
+        self._again: dict[str, list[SourceObject]] = {}
         self._gone, self._lost = gone, lost or set()
 
     def __iter__(self) -> Iterator[Shard]:
@@ -118,11 +121,12 @@ class Growth(Work):
                 f"{min(self._lost)!r} first: put the file back, or overwrite for an archive of the "
                 "sources alone"
             )
-        self.counts.unlisted = len(self._held) - self.counts.unchanged - self.counts.changed
-        for base, items in self._changed.items():
-            yield self._cutter.shard(items, base=base)
         self._set_apart()
-        self.dropped |= set(self._changed)
+        held = len(self._held) + sum(part.num_rows for part in self._waiting.values())
+        self.counts.unlisted = held - self.counts.unchanged - self.counts.changed
+        for base, items in self._again.items():
+            yield self._cutter.shard(items, base=base)
+        self.dropped |= set(self._again)
         stays = [*self._listed, *self._waiting.values()]
         self.parts += [part for part in stays if part.name not in self.dropped]
 
@@ -134,14 +138,19 @@ class Growth(Work):
                 self.counts.new += 1
                 yield item
             else:
-                self._compare(item, *found)
+                self._compare(item, found)
 
-    def _compare(self, item: SourceObject, version: Version, part: PartInfo) -> None:
-        if item.version.matches(version):
+    def _compare(self, item: SourceObject, held: Held) -> None:
+        same = item.version.matches(held.version)
+        if same:
             self.counts.unchanged += 1
         else:
             self.counts.changed += 1
-            self._changed.setdefault(part.name, []).append(item)
+        if not same or (held.unread and self._may_be_read(item)):
+            self._again.setdefault(held.part.name, []).append(item)
+
+    def _may_be_read(self, item: SourceObject) -> bool:
+        return item.problem is None and (item.version.size or 0) <= self._max_object_bytes
 
     def _without_foreign(self, shard: Shard) -> Shard | None:
         """The shard without what stands beside the archive already, in parts of other shards: the
@@ -154,11 +163,11 @@ class Growth(Work):
         rest = []
         for item in shard.objects:
             found = self._beside.find(item.key)
-            if found is None or found[1].part_id not in self._waiting:
+            if found is None or found.part.part_id not in self._waiting:
                 rest.append(item)
                 continue
             self.counts.new -= 1
-            self._compare(item, *found)
+            self._compare(item, found)
         if len(rest) == len(shard.objects):
             return shard
         return self._cutter.shard(rest) if rest else None

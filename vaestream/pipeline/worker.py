@@ -4,8 +4,9 @@ import heapq
 import json
 import pickle
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from vaestream.archive.reader import load_codec
 from vaestream.archive.rows import read_rows
 from vaestream.archive.schema import Row
 from vaestream.archive.storage import join
-from vaestream.archive.writer import committed_part, write_part
+from vaestream.archive.writer import committed_part, part_id_of, write_part
 from vaestream.errors import VaestreamError
 from vaestream.pipeline.allocator import keep_freed_memory
 from vaestream.pipeline.attempts import ISOLATE_AFTER, begin_attempt, end_attempts
@@ -65,9 +66,21 @@ class WorkerSpec:
         return Compressor(codec, self.settings, self.verify)
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What became of a shard.
+
+    part: the shard's; its base, where nothing that was to take a place there could be read. unread:
+    error of each of these objects, by key; in the part is the row that they had.
+    """
+
+    part: PartInfo
+    unread: dict[str, str] = field(default_factory=dict)
+
+
 class ShardWorker:
-    """A callable for `Dataset.map_batches`: column "shard" (pickled `Shard`) in, "part" (text for
-    `part_of`) out, a batch of any size.
+    """A callable for `Dataset.map_batches`: column "shard" (pickled `Shard`) in, "made" (text for
+    `made_of`) out, a batch of any size.
 
     A shard whose part is committed is passed over, so a job that is run again, or a shard that Ray
     tries again, repeats nothing. The model is loaded with the first shard that needs it.
@@ -81,17 +94,18 @@ class ShardWorker:
 
     def __call__(self, batch: dict[str, "np.ndarray[Any, Any]"]) -> dict[str, list[str]]:
         """Do the shards of a batch, one after the other."""
-        return {"part": [self._outcome(pickle.loads(shard)) for shard in batch["shard"]]}
+        return {"made": [self._outcome(pickle.loads(shard)) for shard in batch["shard"]]}
 
     def _outcome(self, shard: Shard) -> str:
         try:
-            return json.dumps({"part": self.run(shard).to_json()})
+            made = self.run(shard)
+            return json.dumps({"part": made.part.to_json(), "unread": made.unread})
         except VaestreamError as error:
             # Raised, Ray would hand on its own words instead of these.
             kind = next(k for k in type(error).__mro__ if k.__module__ == errors.__name__)
             return json.dumps({"error": kind.__name__, "message": str(error)})
 
-    def run(self, shard: Shard) -> PartInfo:
+    def run(self, shard: Shard) -> Made:
         """Compress one shard and commit its part, unless that is done.
 
         Errors: ArchiveError where the destination cannot be written, SourceError where the source's
@@ -100,7 +114,7 @@ class ShardWorker:
         spec = self._spec
         done = committed_part(spec.fs, spec.root, shard.part_id)
         if done is not None:
-            return done
+            return Made(done)
         attempts = begin_attempt(spec.fs, spec.root, shard.part_id, spec.run_id)
         try:
             if attempts >= ISOLATE_AFTER:
@@ -110,12 +124,12 @@ class ShardWorker:
                 self._compressor = spec()
             return self._write(shard, self._compressor)
         except _Overtaken as overtaken:
-            return overtaken.part
+            return Made(overtaken.part)
         finally:
             # Also after an error in Python: only a death in mid shard counts as a failed attempt.
             end_attempts(spec.fs, spec.root, shard.part_id)
 
-    def _write(self, shard: Shard, compressor: MakesRows) -> PartInfo:
+    def _write(self, shard: Shard, compressor: MakesRows) -> Made:
         spec = self._spec
         fetched = fetch_all(
             shard.objects,
@@ -125,14 +139,24 @@ class ShardWorker:
             witnesses=self._witnesses,
         )
         rows: Iterator[Row] = compressor.rows(fetched)
+        unread: dict[str, str] = {}
         if shard.base is not None:
-            anew = {item.key for item in shard.objects}
+            first: list[Row] = []
+            for row in rows:
+                first.append(row)
+                if not row.unread:
+                    break
+            else:
+                # Somebody else may have had more luck.
+                done = committed_part(spec.fs, spec.root, shard.part_id)
+                base = committed_part(spec.fs, spec.root, part_id_of(shard.base) or "")
+                if (part := done or base) is not None:
+                    return Made(part, {row.key: str(row.error) for row in first})
             old = read_rows(spec.fs, join(spec.root, shard.base))
-            stays = (row for row in old if row.key not in anew)
-            rows = heapq.merge(stays, rows, key=lambda row: row.key)
+            rows = _renewed(old, chain(first, rows), unread)
         # Another worker may have the same shard in hand, on another device, with other bytes: the
         # part that stood first is the one that a manifest may name already.
-        return write_part(
+        part = write_part(
             spec.fs,
             spec.root,
             shard.part_id,
@@ -140,6 +164,7 @@ class ShardWorker:
             replaces=shard.base,
             replace=False,
         )
+        return Made(part, unread)
 
     def _unless_overtaken(self, shard: Shard, rows: Iterator[Row]) -> Iterator[Row]:
         """`rows`, as long as nobody else commits the same shard."""
@@ -153,13 +178,26 @@ class ShardWorker:
             yield row
 
 
-def part_of(outcome: str) -> PartInfo:
-    """The part of which a worker's answer tells. Raises the VaestreamError that it tells of."""
+def _renewed(old: Iterable[Row], new: Iterable[Row], unread: dict[str, str]) -> Iterator[Row]:
+    """The rows of a part with new ones in their places, both ascending by key. An object that could
+    not be read keeps the row that it had, whatever its bytes were, and goes to `unread`."""
+    both = heapq.merge(old, new, key=lambda row: row.key)
+    for key, rows in groupby(both, key=lambda row: row.key):
+        was, *anew = rows
+        if anew and anew[0].unread:
+            unread[key] = str(anew[0].error)
+            yield was
+        else:
+            yield anew[0] if anew else was
+
+
+def made_of(outcome: str) -> Made:
+    """That of which a worker's answer tells. Raises the VaestreamError that it tells of."""
     told = json.loads(outcome)
     if "error" in told:
         kind: type[VaestreamError] = getattr(errors, told["error"])
         raise kind(told["message"])
-    return PartInfo.from_json(told["part"])
+    return Made(PartInfo.from_json(told["part"]), told["unread"])
 
 
 @dataclass(frozen=True, slots=True)

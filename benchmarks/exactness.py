@@ -22,6 +22,7 @@ from rate_distortion import cpu_name
 from vaestream import Codec
 from vaestream.codec import Latents
 from vaestream.codec.exact import ExactScaleBranch
+from vaestream.codec.metrics import psnr
 
 QUALITIES = (10.0, 30.0, 50.0, 70.0, 90.0)
 Pictures = list[NDArray[np.uint8]]
@@ -45,10 +46,6 @@ def precision(name: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
-    return float(10 * np.log10(255**2 / np.mean((a.astype(np.float32) - b) ** 2)))
 
 
 class Report:

@@ -139,7 +139,7 @@ def _save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
     asked = image.encoderinfo
     names = ("quality", "target_bpp", "target_psnr")
     rate = {name: asked[name] for name in names if asked.get(name) is not None}
-    default = image.info["quality"] if image.format == FORMAT else 50.0
+    default = image.info.get("quality", 50.0) if image.format == FORMAT else 50.0
     encoded = _shipped().compress(
         np.asarray(image),
         **(rate or {"quality": default}),

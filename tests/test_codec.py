@@ -1,6 +1,7 @@
 """What a user of the codec relies on."""
 
 import dataclasses
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from conftest import REPOSITORY
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import load, save
 
 from vaestream.codec import Codec, Encoded, check, read_header
 from vaestream.codec.bitstream import pack, unpack
+from vaestream.codec.codec import shipped_weights
 from vaestream.codec.config import quality_to_lambda
 from vaestream.codec.entropy import write_varint
 from vaestream.codec.exact import ExactScaleBranch
@@ -148,9 +151,7 @@ def test_target_psnr_is_reached_at_little_more(codec: Codec) -> None:
 
 
 def test_a_search_goes_on_from_a_picture_that_is_exact() -> None:
-    found = solve_quality(
-        lambda q: np.inf if q > 20 else 30 + q, 45, 45.05, guess=50, slope=0.12, evaluations=20
-    )
+    found = solve_quality(lambda q: np.inf if q > 20 else 30 + q, 45, 45.05, guess=50, slope=0.12)
     assert found == pytest.approx(15, abs=0.05)
 
 
@@ -395,6 +396,14 @@ def test_unusable_weights_are_named(tmp_path: Path) -> None:
     torn.write_bytes((GOLDEN / "context" / "tiny.safetensors").read_bytes()[:5000])
     with pytest.raises(WeightsError, match="torn"):
         Codec.load(torn)
+    inexact = tmp_path / "inexact.safetensors"
+    good = shipped_weights()
+    tensors = load(good)
+    tensors["h_s_scale.up1.weight"].fill_(127)
+    metadata = json.loads(good[8 : 8 + int.from_bytes(good[:8], "little")])["__metadata__"]
+    inexact.write_bytes(save(tensors, metadata))
+    with pytest.raises(WeightsError, match=r"inexact.safetensors: .*2\*\*24"):
+        Codec.load(inexact)
 
 
 def test_unknown_devices_are_refused() -> None:

@@ -11,6 +11,7 @@ from vaestream.cli import main
 from vaestream.codec import Codec
 from vaestream.codec.metrics import psnr
 from vaestream.errors import SourceError
+from vaestream.training import data
 from vaestream.training.bd_rate import bd_rate
 from vaestream.training.classical import available
 from vaestream.training.evaluate import OURS, evaluate, ms_ssim, plot
@@ -99,6 +100,15 @@ def test_a_photo_that_comes_back_exactly_leaves_means_finite(tmp_path: Path, wei
     result = evaluate([tmp_path], weights=weights, qualities=[0, 50, 100], beside=[jpeg])
     assert {point.psnr for point in result.curve(jpeg.name)} == {60.0}
     json.loads(result.to_json(), parse_constant=pytest.fail)
+
+
+def test_what_is_too_large_for_a_photo_is_passed_over(
+    photos: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (photos / "large.png").stat().st_size
+    monkeypatch.setattr(data, "_MAX_BYTES", size - 1)
+    result = evaluate([photos], weights=weights, qualities=[50])
+    assert {one.photo for one in result.measurements} == {"small.png", "gray.png"}
 
 
 def test_psnr_of_arrays() -> None:

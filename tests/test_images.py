@@ -254,6 +254,52 @@ def test_modes_kept() -> None:
     assert reason(b"P6 96 64 65535\n" + bytes(96 * 64 * 6)) == "16 bits per channel"
 
 
+def tiff(channels: int, extra: int | None, photometric: int = 2) -> bytes:
+    """96x64, 8 bits; extra: what the last channel is, by ExtraSamples."""
+    pixels = np.asarray(picture()).repeat(2, axis=2)[:, :, :channels].tobytes()
+    short, long = 3, 4
+    values = {256: 96, 257: 64, 258: 0, 259: 1, 262: photometric, 273: 0, 277: channels}
+    values |= {278: 64, 279: len(pixels)} | ({} if extra is None else {338: extra})
+    end = 8 + 2 + 12 * len(values) + 4
+    values |= {258: end, 273: end + 2 * channels}
+    entries = b"".join(
+        struct.pack("<HHI", tag, short if tag == 258 else long, channels if tag == 258 else 1)
+        + struct.pack("<I", value)
+        for tag, value in values.items()
+    )
+    depths = struct.pack(f"<{channels}H", *[8] * channels)
+    head = struct.pack("<4sIH", b"II*\0", 8, len(values))
+    return head + entries + bytes(4) + depths + pixels
+
+
+def test_channels_that_pillow_leaves_out_are_kept() -> None:
+    assert photo(tiff(3, None)).pixels.shape == (64, 96, 3)
+    assert reason(tiff(4, 0)) == "extra channels"  # near infrared, or a selection of Photoshop's
+    assert reason(tiff(4, 2)) == "alpha channel"
+    big = tiff(3, None).replace(b"II*\0", b"II+\0", 1)
+    assert reason(big) == "BigTIFF"
+
+
+def test_pictures_and_profiles_that_pillow_passes_over_are_kept() -> None:
+    one = b"P6\n96 64\n255\n" + np.asarray(picture()).tobytes()
+    assert photo(one).pixels.shape == (64, 96, 3)
+    assert reason(one + one) == "data after the picture"
+    plain = encoded(picture(), "BMP")
+    pixels, fields = plain[54:], bytearray(plain[14:54] + bytes(84))
+    fields[:4], fields[56:60] = struct.pack("<I", 124), b"DEBM"
+    head = b"BM" + struct.pack("<IHHI", 138 + len(pixels), 0, 0, 138)
+    assert reason(head + fields + pixels) == "colour profile that Pillow does not hand out"
+    fields[56:60] = b"BGRs"
+    assert photo(head + bytes(fields) + pixels).pixels.shape == (64, 96, 3)
+    jpeg2000 = encoded(picture(), "JPEG2000")
+    assert photo(jpeg2000).pixels.shape == (64, 96, 3)
+    at = jpeg2000.index(b"colr")
+    for method, space in ((1, 21), (2, 16), (3, 16)):  # ROMM RGB; ICC profiles
+        told = bytes([method, 0, 0]) + struct.pack(">I", space)
+        other = jpeg2000[: at + 4] + told + jpeg2000[at + 11 :]
+        assert reason(other) == "JPEG 2000 metadata"
+
+
 @pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF"])
 def test_several_frames_are_kept(format: str) -> None:
     frames = [picture(), ImageOps.mirror(picture()), ImageOps.invert(picture())]

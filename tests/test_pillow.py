@@ -100,8 +100,11 @@ def test_what_is_saved_opens(mode: str, tmp_path: Path) -> None:
         assert (image.mode, image.size, image.info["quality"]) == (mode, photo.size, 90)
         image.save(tmp_path / "again.vst")
         error = np.mean((np.asarray(image, float) - np.asarray(photo, float)) ** 2)
+        image.info.clear()
+        image.save(tmp_path / "bare.vst")
     assert error < 255**2 / 10**3.2
     assert Image.open(tmp_path / "again.vst").info["quality"] == 90
+    assert Image.open(tmp_path / "bare.vst").info["quality"] == 50
     photo.save(tmp_path / "default.vst")
     assert Image.open(tmp_path / "default.vst").info["quality"] == 50
     file = io.BytesIO()

@@ -168,6 +168,15 @@ def test_a_run_goes_on_from_no_other_runs_checkpoint(
     train([photos], out=out, config=CONFIG, settings=SETTINGS, **quiet)
 
 
+def test_parts_may_learn_at_one_rate(photos: Path, tmp_path: Path) -> None:
+    # Where shapes coincide: a context of the mean, and a block of the analysis.
+    config = replace(CONFIG, mean_context_width=16, mean_context_hidden=16)
+    settings = replace(SETTINGS, entropy_rate=1.0, linear=0.5)
+    out = tmp_path / "a.safetensors"
+    train([photos], out=out, steps=4, config=config, settings=settings, log=lambda _: None)
+    assert out.exists()
+
+
 def test_a_rate_may_stay_constant_to_the_end(photos: Path, tmp_path: Path) -> None:
     settings = replace(SETTINGS, constant=1.0)
     out = tmp_path / "w.safetensors"

@@ -54,6 +54,7 @@ def whole(codec: Codec, blob: bytes) -> np.ndarray[Any, Any]:
         (500, 505, 30, 20),  # across the corner of four tiles
         (513, 100, 512, 512),
         (1000, 0, 400, HEIGHT),
+        (3, 600, 1200, 90),
     ],
 )
 def test_a_region_is_that_of_the_whole(

@@ -53,6 +53,7 @@ _DEFLATE_RATIO = 1032
 # Makers end their files with short records of their own (Samsung's time stamp: 67 bytes). What is
 # longer is a video, a sound or another picture.
 _TRAILER_BYTES = 1 << 16
+_PPM_HEADER = 4096
 # A note as short as this is left behind like a JPEG comment; longer text is somebody's work (the
 # recipe of a generated picture, say).
 _NOTE_BYTES = 512
@@ -374,7 +375,9 @@ def byte_order(tiff: bytes) -> str | None:
 
 def _tiff(data: bytes) -> Container:
     tags = {entry.tag: entry.value for entry in ifd(data)}
-    if not tags:  # BigTIFF, or damage
+    if data[:4] in (b"II+\0", b"MM\0+"):
+        return Container("TIFF", None, "BigTIFF")  # not walked here, and Pillow hides its depth
+    if not tags:  # damage
         return Container("TIFF")
     if 50706 in tags or 330 in tags or data[8:10] == b"CR":
         # DNGVersion, SubIFDs: the first directory of a raw file is its preview.
@@ -387,6 +390,8 @@ def _tiff(data: bytes) -> Container:
         reason = bits_reason(bits)
     elif tags.get(262) == 5:
         reason = "CMYK"
+    elif 338 in tags:  # ExtraSamples: Pillow leaves out those that it does not know
+        reason = "alpha channel" if tags[338] in (1, 2) else "extra channels"
     elif 37724 in tags:
         reason = "layers"
     elif 33723 in tags and 700 not in tags:
@@ -423,10 +428,13 @@ def _bmp(data: bytes) -> Container:
     if header == 12:
         return Container("BMP", struct.unpack_from("<HH", data, 18))
     width, height, planes, bits, packing = struct.unpack_from("<iiHHI", data, 18)
-    container = Container("BMP", (abs(width), abs(height)))
+    profile = header == 124 and data[70:74] in (b"DEBM", b"KNIL")  # embedded, or linked to
+    reason = "colour profile that Pillow does not hand out" if profile else None
+    container = Container("BMP", (abs(width), abs(height)), reason)
     sound = header in (40, 52, 56, 64, 108, 124) and planes == 1
-    if sound and ((bits == 2 and packing == 0) or (bits in (16, 32) and packing == 3)):
-        return replace(container, reason=None if _bmp_is_common(data, header, bits) else _BMP_RARE)
+    told = (bits == 2 and packing == 0) or (bits in (16, 32) and packing == 3)
+    if sound and told and not _bmp_is_common(data, header, bits):
+        return replace(container, reason=_BMP_RARE)
     return container
 
 
@@ -473,17 +481,35 @@ def _jpeg2000(data: bytes) -> Container:
     reason = None
     if bits > 8:
         reason = bits_reason(bits)
-    elif b"colr\x02" in boxes or b"uuid" in boxes or b"xml " in boxes:
+    elif b"uuid" in boxes or b"xml " in boxes or _has_profile(boxes):
         reason = "JPEG 2000 metadata"  # that Pillow does not hand out
     return Container("JPEG2000", (max(0, right - left), max(0, bottom - top)), reason)
 
 
+def _has_profile(boxes: bytes) -> bool:
+    """Whether a JPEG 2000 file states another colour space than sRGB, gray or sYCC."""
+    known = {b"\x01" + space.to_bytes(4) for space in (16, 17, 18)}
+    at = boxes.find(b"colr")
+    while at >= 0:
+        method, space = boxes[at + 4 : at + 5], boxes[at + 7 : at + 11]
+        if method + space not in known:
+            return True
+        at = boxes.find(b"colr", at + 4)
+    return False
+
+
 def _ppm(data: bytes) -> Container:
-    head = re.sub(rb"#[^\r\n]*", b"", data[:4096]).split(None, 4)
+    head = re.sub(rb"#[^\r\n]*", b"", data[:_PPM_HEADER]).split(None, 4)
     try:
         numbers = [int(token) for token in head[1:4]]
     except ValueError:
         return Container("PPM")
     size = (numbers[0], numbers[1])
-    deep = head[0] in (b"P2", b"P3", b"P5", b"P6") and numbers[2] > 255
-    return Container("PPM", size, bits_reason(16) if deep else None)
+    reason = None
+    if head[0] in (b"P2", b"P3", b"P5", b"P6") and numbers[2] > 255:
+        reason = bits_reason(16)
+    elif head[0] in (b"P5", b"P6"):
+        held = size[0] * size[1] * (3 if head[0] == b"P6" else 1)
+        if len(data) - held > _PPM_HEADER:
+            reason = "data after the picture"  # another picture, say
+    return Container("PPM", size, reason)

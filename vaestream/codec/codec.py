@@ -61,9 +61,10 @@ class Latents:
 class Codec:
     """Encodes and decodes 8-bit pictures with one set of weights on one device.
 
-    The same picture, weights, device and quality give the same bytes, whatever comes with it in a
-    call. Any device decodes any other's bitstreams without an entropy-coding error; decoded
-    pixels may differ by a level or two between devices, and do not on one device.
+    The same picture, weights, device, number of threads and quality give the same bytes, whatever
+    comes with it in a call. Any device decodes any other's bitstreams without an entropy-coding
+    error; pixels of whole pictures may differ by a level or two between devices, and do not on one
+    with as many threads.
     """
 
     def __init__(

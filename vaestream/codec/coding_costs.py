@@ -9,33 +9,38 @@ from torch import Tensor
 from .config import NUM_SCALES
 from .entropy import MAGNITUDES, Table
 from .lattice import LatticeRounding
-from .rounding import rounding_offset
+from .rounding import DEAD_ZONE, rounding_offsets
 
 
 class CodingCosts:
     """Bits of a symbol by its table and magnitude, and how they change with either.
 
     All methods take table indices (int64) and values of one shape and return float32 of that shape.
-    Magnitudes beyond 63 count as 63.
+    Magnitudes beyond 63 count as 63. offsets: `rounding_offsets`, flat.
     """
 
     def __init__(
-        self, tables: Sequence[Table], device: torch.device, lattice: LatticeRounding | None = None
+        self,
+        tables: Sequence[Table],
+        device: torch.device,
+        lattice: LatticeRounding | None = None,
+        *,
+        dead_zone: float = DEAD_ZONE,
     ) -> None:
-        """tables: counted, one a table index. lattice: what puts symbols on one, if they are."""
+        """tables: counted, one a table index. lattice: what puts symbols on one, if they are.
+        dead_zone: see `rounding_offsets`."""
         self._lattice = lattice
         bits = torch.from_numpy(np.stack([t.magnitude_bits for t in tables])).to(device)
         rows = torch.arange(NUM_SCALES, device=device)
         above, below = (rows + 1).clamp_max(NUM_SCALES - 1), (rows - 1).clamp_min(0)
         self._bits = bits.flatten()
         self._by_index = ((bits[above] - bits[below]) / 2).flatten()
-        first, second = torch.diff(bits[:, :3]).unbind(1)
-        self._offset = torch.cat(rounding_offset(first, second))
+        self.offsets = torch.from_numpy(rounding_offsets(tables, dead_zone)).flatten().to(device)
 
     def round(self, index: Tensor, value: Tensor) -> Tensor:
         """The symbols that the encoder makes of values: rounded with a dead zone."""
         magnitude = value.abs()
-        offset = self._offset[index + NUM_SCALES * (magnitude >= 1)]
+        offset = self.offsets[index + NUM_SCALES * (magnitude >= 1)]
         return torch.copysign(torch.floor(magnitude + offset), value)
 
     def code(self, index: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

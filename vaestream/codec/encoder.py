@@ -19,7 +19,7 @@ from .networks import MeanPrior, Networks, ScalePrior, cut
 from .reduction import Source, best_ratio
 from .refinement import refine
 from .rendering import render
-from .rounding import DEAD_ZONE, rounding_offsets
+from .rounding import DEAD_ZONE
 from .streams import SymbolCoding, TileEncoder, encode_z, tables_of_z
 from .tiles import batches, paste
 from .view import View
@@ -62,12 +62,10 @@ class Encoder:
         self._y_tables = list(y_tables)
         self._z_tables = z_tables
         self._model_id = model_id
-        offsets = rounding_offsets(y_tables, dead_zone)
-        self._rounding = torch.from_numpy(offsets).flatten().to(networks.device)
         self._lattice: LatticeRounding | None = None
         if lattice_from < NUM_SCALES:
             self._lattice = LatticeRounding(y_tables, lattice_from, search_strength)
-        self._costs = CodingCosts(y_tables, networks.device, self._lattice)
+        self._costs = CodingCosts(y_tables, networks.device, self._lattice, dead_zone=dead_zone)
 
     def source(self, image: NDArray[np.uint8], quality: float) -> Source:
         """A picture at the size at which it had better be coded."""
@@ -212,7 +210,7 @@ class Encoder:
             magnitude = residual.abs()
             row = index.int().add_(magnitude >= 1, alpha=NUM_SCALES)
             # Several times as fast as indexing.
-            offset = self._rounding.index_select(0, row.flatten())
+            offset = self._costs.offsets.index_select(0, row.flatten())
             magnitude.add_(offset.view_as(magnitude)).floor_()
             symbols = torch.copysign(magnitude, residual)
             mask = scales.mask(p)

@@ -64,6 +64,15 @@ def checks_among(first: NDArray[np.intp], count: int) -> NDArray[np.intp]:
     return whole * len(CHECKS) + np.searchsorted(CHECKS, rest)
 
 
+def by_table(index: NDArray[np.uint8], first: int) -> tuple[NDArray[np.intp], NDArray[np.uint8]]:
+    """Positions of the symbols with tables from `first` on, by table and within a table as they
+    stand; and the tables of those, as they stand."""
+    chosen = np.flatnonzero(index >= first)
+    used = index[chosen]
+    order = np.argsort(used, kind="stable")  # a radix sort, for bytes
+    return chosen[order], used
+
+
 def groups(index: NDArray[np.uint8], first: int) -> NDArray[np.intp]:
     """(n, 32): the groups of a pass, given the table index of each of its symbols: where they
     stand.
@@ -71,9 +80,7 @@ def groups(index: NDArray[np.uint8], first: int) -> NDArray[np.intp]:
     Symbols with tables from `first` on, in the order of their tables, else as they stand, are
     grouped by `in_groups`.
     """
-    chosen = np.flatnonzero(index >= first)
-    order = np.argsort(index[chosen], kind="stable")  # a radix sort, for bytes
-    return chosen[in_groups(order)]
+    return in_groups(by_table(index, first)[0])
 
 
 def check_parities(members: NDArray[np.int32]) -> NDArray[np.uint8]:

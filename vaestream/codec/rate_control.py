@@ -12,6 +12,7 @@ from .reduction import Source
 _SEARCH_QUALITY = 50.0
 _RATE_TOLERANCE = 0.02
 _PSNR_TOLERANCE = 0.05
+_EVALUATIONS = 8
 
 
 def encode_to_rate(
@@ -50,7 +51,7 @@ def encode_to_rate(
             tried[q] = encoder.encode(source, q, measure=measure, effort=effort)
             return rate(tried[q])
 
-        solve_quality(of_whole, low, high, guess=guess, slope=0.04, evaluations=4)
+        solve_quality(of_whole, low, high, guess=guess, slope=0.04)
         within = [e for e in tried.values() if rate(e) <= high]
         return max(within, key=rate) if within else min(tried.values(), key=rate)
 
@@ -98,11 +99,14 @@ def encode_to_psnr(
     reduced = encoder.source(image, guess)
     if reduced.ratio > 1:
         tried = settle(reduced)
-    if not any(e.psnr is not None and e.psnr >= psnr for e in tried):
+
+    def reached() -> list[Encoded]:
+        return [e for e in tried if e.psnr is not None and e.psnr >= psnr]
+
+    if not reached():
         tried = settle(Source.of(image))
-    reached = [e for e in tried if e.psnr is not None and e.psnr >= psnr]
-    if reached:
-        return min(reached, key=lambda e: len(e.data))
+    if found := reached():
+        return min(found, key=lambda e: len(e.data))
     return max(tried, key=lambda e: e.psnr or 0.0)
 
 
@@ -113,19 +117,20 @@ def solve_quality(
     *,
     guess: float,
     slope: float,
-    evaluations: int = 8,
 ) -> float:
     """A quality in [0, 100] at which `measure`, a rising function of it, is in [low, high].
 
     slope: first guess of what a quality unit adds. Newton steps whose slope is learned on the
     way, kept inside the bracket seen so far. Ends at 0 or 100 where the range is not reached,
-    and after `evaluations` calls at the last quality tried.
+    and after 8 calls at the last quality tried.
     """
     goal = 0.5 * (low + high)
     below, above = 0.0, 100.0
     quality, previous = guess, None
-    for _ in range(evaluations):
+    tried: set[float] = set()
+    for _ in range(_EVALUATIONS):
         value = measure(quality)
+        tried.add(quality)
         if low <= value <= high:
             return quality
         if value < low:
@@ -142,10 +147,8 @@ def solve_quality(
         step = quality + (goal - value) / slope
         if not below < step < above:
             # Outside the bracket: an end of the range that was not tried yet, or the middle.
-            if step >= above == 100.0 or step <= below == 0.0:
-                step = min(max(step, 0.0), 100.0)
-            else:
-                step = 0.5 * (below + above)
+            end = 100.0 if step >= above else 0.0
+            step = end if end in (below, above) and end not in tried else 0.5 * (below + above)
         quality = round(step, 2)
     return quality
 

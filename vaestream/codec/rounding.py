@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,8 +17,6 @@ high rate)."""
 _BEYOND_ONE = 0.6
 """How strong the shift is between larger symbols, for what it is between 0 and 1."""
 
-_Numbers = TypeVar("_Numbers", NDArray[np.float64], torch.Tensor)
-
 
 def rounding_offsets(tables: Sequence[Table], strength: float = DEAD_ZONE) -> NDArray[np.float32]:
     """What to add before flooring a magnitude: (2, tables), for magnitudes below 1 and for others.
@@ -32,17 +29,8 @@ def rounding_offsets(tables: Sequence[Table], strength: float = DEAD_ZONE) -> ND
     """
     counts = np.array([t.counts[-t.low : 3 - t.low] for t in tables], np.float64)
     bits = np.log2(counts[:, :-1] / counts[:, 1:])
-    return np.stack(rounding_offset(bits[:, 0], bits[:, 1], strength)).astype(np.float32)
-
-
-def rounding_offset(
-    first: _Numbers, second: _Numbers, strength: float = DEAD_ZONE
-) -> tuple[_Numbers, _Numbers]:
-    """`rounding_offsets`, given how many bits a symbol 1 costs more than a 0, and a 2 than a 1."""
-    shift = 0.5 * strength * SQUARED_ERROR_OF_A_BIT
-    below: _Numbers = (0.5 - shift * first).clip(0.0, 0.5)
-    beyond: _Numbers = (0.5 - _BEYOND_ONE * shift * second).clip(0.0, 0.5)
-    return below, beyond
+    shift = 0.5 * strength * SQUARED_ERROR_OF_A_BIT * np.array([1.0, _BEYOND_ONE])
+    return (0.5 - shift[:, None] * bits.T).clip(0.0, 0.5).astype(np.float32)
 
 
 def round_ste(x: torch.Tensor) -> torch.Tensor:

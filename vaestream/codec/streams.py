@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from vaestream.errors import BitstreamError
 
 from .entropy import GroupDecoder, GroupEncoder, Table, TableSet
-from .lattice import CHECKS, check_parities, checks_among, in_groups
+from .lattice import CHECKS, by_table, check_parities, checks_among, in_groups
 
 
 def encode_z(z_hat: NDArray[np.int32], tables: list[Table]) -> bytes:
@@ -59,7 +59,7 @@ class SymbolCoding:
 
     def layout(self, index: NDArray[np.uint8], skip: int) -> Layout:
         """Of a pass, given the table index of each symbol and the first that is coded."""
-        order, ends = _by_table(index, min(skip, self._lattice_from), len(self.tables))
+        order, ends = _runs(index, min(skip, self._lattice_from), len(self.tables))
         start = ends[self._lattice_from]
         coded = np.ones(len(order), np.bool_)
         coded[: ends[skip]] = False
@@ -75,7 +75,7 @@ class SymbolCoding:
         `by_parity` begins among them. parities: (n, 6), of the checks of each group."""
         places = layout.members[:, CHECKS].ravel()
         key = 2 * index[places] + parities.ravel()
-        order, ends = _by_table(key, 2 * skip, len(self.by_parity))
+        order, ends = _runs(key, 2 * skip, len(self.by_parity))
         return places[order], ends
 
 
@@ -137,13 +137,9 @@ class TileDecoder:
         return symbols
 
 
-def _by_table(
-    index: NDArray[np.uint8], first: int, tables: int
-) -> tuple[NDArray[np.intp], list[int]]:
-    """Positions of the symbols with tables from `first` on, by table and within a table as they
-    stand, and where each table's run begins, with the end of the last: tables + 1 numbers."""
-    chosen = np.flatnonzero(index >= first)
-    used = index[chosen]
-    order = np.argsort(used, kind="stable")  # a radix sort, for bytes
+def _runs(index: NDArray[np.uint8], first: int, tables: int) -> tuple[NDArray[np.intp], list[int]]:
+    """The order of `by_table`, and where each table's run begins there, with the end of the last:
+    tables + 1 numbers."""
+    order, used = by_table(index, first)
     ends = np.cumsum(np.bincount(used, minlength=tables))
-    return chosen[order], [0, *ends.tolist()]
+    return order, [0, *ends.tolist()]

@@ -137,8 +137,23 @@ class View:
             min(pixels.shape[1], (x_end - left) / self.shrink),
             min(pixels.shape[0], (y_end - top) / self.shrink),
         )
-        image = Image.fromarray(pixels).resize(self.size, Image.Resampling.LANCZOS, box)
-        return np.asarray(image)
+        return _resized(pixels, self.size, box)
+
+
+def _resized(
+    pixels: NDArray[np.uint8], size: tuple[int, int], box: tuple[float, float, float, float]
+) -> NDArray[np.uint8]:
+    """A box of pixels (left, top, right, bottom) at another size.
+
+    First along the rows, as a whole picture is enlarged: each step rounds to 8 bits, and which of
+    them Pillow takes first in one call depends on the box and on its version.
+    """
+    left, top, right, bottom = box
+    image = Image.fromarray(pixels)
+    lanczos = Image.Resampling.LANCZOS
+    image = image.resize((size[0], image.height), lanczos, (left, 0, right, image.height))
+    image = image.resize(size, lanczos, (0, top, size[0], bottom))
+    return np.asarray(image)
 
 
 def check_view(region: Region | None, max_size: int | None) -> None:

@@ -116,12 +116,17 @@ def photos_among(files: Iterable[Path], *, min_side: int, max_bytes: int) -> Pho
     return PhotoSet(tuple(photos), tuple(names))
 
 
-def _pixels(file: Path, min_side: int) -> NDArray[np.uint8] | None:
-    """(H, W, 3), or None where the file is no photo, or too small a one."""
+def read_photo(file: Path) -> NDArray[np.uint8] | None:
+    """(H, W, 3) or (H, W), or None where the file is no photo."""
     if file.stat().st_size > _MAX_BYTES:
         return None
     loaded = load(file.read_bytes(), name=str(file))
-    if not isinstance(loaded, Photo) or min(loaded.pixels.shape[:2]) < min_side:
+    return loaded.pixels if isinstance(loaded, Photo) else None
+
+
+def _pixels(file: Path, min_side: int) -> NDArray[np.uint8] | None:
+    """(H, W, 3), or None where the file is no photo, or too small a one."""
+    pixels = read_photo(file)
+    if pixels is None or min(pixels.shape[:2]) < min_side:
         return None
-    pixels = loaded.pixels
     return np.repeat(pixels[:, :, None], 3, axis=2) if pixels.ndim == 2 else pixels

@@ -15,10 +15,9 @@ from PIL import Image
 from vaestream.codec import Codec
 from vaestream.codec.metrics import psnr
 from vaestream.errors import SourceError
-from vaestream.images import Photo, load
 
 from .classical import ClassicalCodec
-from .data import list_photos
+from .data import list_photos, read_photo
 
 DEFAULT_QUALITIES = (5.0, 15.0, 25.0, 35.0, 45.0, 55.0, 65.0, 75.0, 85.0, 95.0)
 OURS = "vaestream"
@@ -164,10 +163,9 @@ def _photos(
     paths: Iterable[str | os.PathLike[str]], pixels: int | None
 ) -> Iterator[tuple[str, NDArray[np.uint8]]]:
     for file in list_photos(paths):
-        photo = load(file.read_bytes(), name=str(file))
-        if not isinstance(photo, Photo):
+        image = read_photo(file)
+        if image is None:
             continue
-        image = photo.pixels
         height, width = image.shape[:2]
         if pixels is not None and height * width > pixels:
             scale = math.sqrt(pixels / (height * width))

@@ -15,7 +15,8 @@ class Soap(torch.optim.Optimizer):
     """For weights of linear maps and convolutions, (out, in, ...).
 
     Weights of one shape are updated together, as batches of matrices: the preconditioners of a
-    light network are many and small, and one by one they would cost more than its gradients.
+    light network are many and small, and one by one they would cost more than its gradients. So
+    either all or none of those that a group has of a shape must have a gradient in a step.
 
     lr: step size. betas: decay of the first and second moments. statistics_beta: decay of the
     Kronecker factors. refresh: steps between two turns of the eigenbases. max_side: channels beyond

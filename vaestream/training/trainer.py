@@ -223,7 +223,7 @@ class _Run:
         if unknown:
             raise ValueError(f"no parts of the model: {', '.join(sorted(unknown))}")
         entropy = {"h_a", "h_s_mean", "h_s_scale", "z_prior", "log_gain"}
-        groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = {}
+        groups: dict[tuple[bool, float, bool], list[torch.nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             part, factor = name.split(".")[0], 1.0
             if part in settings.fixed or (settings.coded and not name.startswith(DECODER)):
@@ -235,12 +235,14 @@ class _Run:
                 factor = settings.filter_rate
             elif name.endswith(".linear"):
                 factor = settings.linear_rate
-            groups.setdefault((parameter.ndim > 1, factor), []).append(parameter)
+            # Those that the linear phase passes over apart: see `Soap`.
+            linear = part in entropy or name.endswith(".linear")
+            groups.setdefault((parameter.ndim > 1, factor, linear), []).append(parameter)
         self.optimizers: list[torch.optim.Optimizer] = []
         for are_matrices, kind in ((True, Soap), (False, torch.optim.Adam)):
             chosen = [
                 {"params": parameters, "peak": settings.learning_rate * factor}
-                for (matrices, factor), parameters in groups.items()
+                for (matrices, factor, _), parameters in groups.items()
                 if matrices == are_matrices
             ]
             if chosen:

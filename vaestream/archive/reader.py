@@ -169,6 +169,14 @@ class Archive:
         keys: list[str] = self._keys.to_pylist()
         return keys
 
+    def keys_with(self, prefix: str) -> Iterator[str]:
+        """The keys that begin so, ascending."""
+        for at in range(self._insertion(prefix), len(self)):
+            key: str = self._keys[at].as_py()
+            if not key.startswith(prefix):
+                break
+            yield key
+
     def row(self, key: str) -> RowInfo:
         """All that is known of a photo but its bytes.
 
@@ -342,10 +350,14 @@ class Archive:
             self._reset()
             self._codec = codec
 
-    def _position(self, key: str) -> int | None:
+    def _insertion(self, key: str) -> int:
+        """The place of the first key that is not below this one."""
         keys = self._keys
-        at = bisect_left(range(len(keys)), key, key=lambda i: keys[i].as_py())
-        return at if at < len(keys) and keys[at].as_py() == key else None
+        return bisect_left(range(len(keys)), key, key=lambda i: keys[i].as_py())
+
+    def _position(self, key: str) -> int | None:
+        at = self._insertion(key)
+        return at if at < len(self) and self._keys[at].as_py() == key else None
 
     def _at(self, key: str) -> int:
         at = self._position(key)

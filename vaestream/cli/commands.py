@@ -44,24 +44,12 @@ def compress(args: argparse.Namespace) -> int:
         summary = compress(
             args.sources,
             args.destination,
-            quality=args.quality,
-            target_bpp=args.target_bpp,
-            target_psnr=args.target_psnr,
-            min_psnr=args.min_psnr,
-            device=args.device,
+            **_settings(args),
+            **_job(args),
             workers=args.workers,
             gpus_per_worker=args.gpus_per_worker,
-            shard_images=args.shard_images,
             verify=args.verify,
-            include=args.include,
-            exclude=args.exclude,
-            storage_options=args.storage_options,
             address=args.address,
-            overwrite=args.overwrite,
-            weights=args.weights,
-            max_pixels=args.max_pixels,
-            max_object_bytes=args.max_object_bytes,
-            effort=args.effort,
             progress=line.show,
         )
     finally:
@@ -82,29 +70,24 @@ def _estimate(args: argparse.Namespace) -> int:
     from vaestream.pipeline.prepare import prepare
 
     _ready_for_codec(args.device)
-    settings = Settings.of(
-        quality=args.quality,
-        target_bpp=args.target_bpp,
-        target_psnr=args.target_psnr,
-        min_psnr=args.min_psnr,
-        max_pixels=args.max_pixels,
-        effort=args.effort,
-    )
-    prepared = prepare(
-        args.sources,
-        args.destination,
-        settings=settings,
-        shard_images=args.shard_images,
-        include=args.include,
-        exclude=args.exclude,
-        storage_options=args.storage_options,
-        overwrite=args.overwrite,
-        weights=args.weights,
-        device=args.device,
-    )
+    settings = Settings.of(**_settings(args))
+    prepared = prepare(args.sources, args.destination, settings=settings, **_job(args))
     told = estimate(prepared, sample=args.sample, max_object_bytes=args.max_object_bytes)
     print(json.dumps(told.to_json()) if args.json else estimate_text(told))
     return OK
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What `Settings.of` and a job take."""
+    names = ("quality", "target_bpp", "target_psnr", "min_psnr", "max_pixels", "effort")
+    return {name: getattr(args, name) for name in names}
+
+
+def _job(args: argparse.Namespace) -> dict[str, Any]:
+    """What a job takes, whether it is run or estimated."""
+    names = ("include", "exclude", "storage_options", "overwrite", "weights", "device")
+    more = ("shard_images", "max_object_bytes")
+    return {name: getattr(args, name) for name in (*names, *more)}
 
 
 def ls(args: argparse.Namespace) -> int:

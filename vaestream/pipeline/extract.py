@@ -5,12 +5,10 @@ import hashlib
 import io
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -38,6 +36,8 @@ _NO_MORE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})
 _NOTES = ".vaestream-extract"
 """Folder in the destination for what only a running extraction needs."""
 _CHUNK = 256
+_WAVE = 1024
+"""Chunks that Ray has at a time."""
 _BATCH_PIXELS = 32_000_000
 _BATCH_BYTES = 64 << 20
 _BATCH_ROWS = 64
@@ -124,16 +124,17 @@ def _in_turn(
         return
     from vaestream.pipeline.cluster import Device, cluster_nodes, map_rows, plan_pools, ray_session
 
-    rows = [{"keys": json.dumps(chunk)} for chunk in chunks]
     with ray_session(address):
         device = writer.archive.device
         kind: Device = "auto" if device == "auto" else "cpu" if device == "cpu" else "cuda"
         (pool, *_) = plan_pools(cluster_nodes(), shards=len(chunks), device=kind, workers=workers)
-        for row in map_rows(_ExtractWorker, (writer, pool.device), rows, pool, None):
-            told = json.loads(row["told"])
-            if "error" in told:
-                raise ArchiveError(told["error"])
-            yield Extracted(**told)
+        for start in range(0, len(chunks), _WAVE):
+            rows = [{"keys": json.dumps(chunk)} for chunk in chunks[start : start + _WAVE]]
+            for row in map_rows(_ExtractWorker, (writer, pool.device), rows, pool, None):
+                told = json.loads(row["told"])
+                if "error" in told:
+                    raise ArchiveError(told["error"])
+                yield Extracted(**told)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,22 +216,15 @@ class _Names:
         endings = _ENDINGS[self.format_of(row)]
         if path.lower().endswith(endings):
             return path
-        stem = _stem(path)
-        # A path with the same stem, or that is it, may get that name behind its own ending.
-        if self._stems[stem] == 1 and stem not in self._paths:
-            return stem + endings[0]
-        path += endings[0]
-        while path in self._paths:
-            path += endings[0]
-        return path
-
-    @cached_property
-    def _paths(self) -> frozenset[str]:
-        return frozenset(map(safe_key, self._archive))
-
-    @cached_property
-    def _stems(self) -> Counter[str]:
-        return Counter(map(_stem, self._paths))
+        stem = _stem(row.key)
+        # A key with the same stem, or that is it, may get that name behind its own ending.
+        alike = [key for key in self._archive.keys_with(stem + ".") if _stem(key) == stem]
+        if alike in ([], [row.key]) and (stem == row.key or stem not in self._archive):
+            return _stem(path) + endings[0]
+        more = endings[0]
+        while row.key + more in self._archive:
+            more += endings[0]
+        return path + more
 
 
 def _stem(path: str) -> str:

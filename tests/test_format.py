@@ -1,109 +1,145 @@
-"""The weights file means what docs/format.md says: read here from its tensors alone."""
+"""Whoever follows docs/format.md alone decodes every bitstream: a decoder that does, does so."""
 
-import json
+from pathlib import Path
 
+import numpy as np
 import pytest
+import reference_decoder
 import torch
-import torch.nn.functional as F
-from safetensors import safe_open
-from test_codec import GOLDEN
-from torch import Tensor
+from numpy.typing import NDArray
+from PIL import Image
+from reference_decoder import Bitstream, SymbolStream, Weights
+from test_codec import GOLDEN, photo_like
 
-from vaestream.codec import Codec
-from vaestream.codec.config import ModelConfig
+from vaestream.codec import Codec, read_header
 from vaestream.codec.weights_file import export_weights, import_weights
 
-
-@pytest.mark.parametrize("name", ["steps", "steered", "lattice", "filter"])
-def test_means_follow_from_the_tensors_of_the_file(name: str) -> None:
-    """Step 2 of "From symbols to pixels"."""
-    file = GOLDEN / name / "tiny.safetensors"
-    with safe_open(file, "pt") as tensors:
-        held = {key: tensors.get_tensor(key).float() for key in tensors.keys()}  # noqa: SIM118
-        config = ModelConfig(**json.loads(tensors.metadata()["config"]))
-
-    def layer(path: str, x: Tensor) -> Tensor:
-        weight = held[f"h_s_mean.{path}.weight"]
-        bias = held.get(f"h_s_mean.{path}.bias")
-        return F.conv2d(x, weight, bias, padding=weight.shape[2] // 2)
-
-    def d2s(x: Tensor) -> Tensor:
-        n, c, h, w = x.shape
-        parts = x.view(n, 2, 2, c // 4, h, w).permute(0, 3, 4, 1, 5, 2)
-        return parts.reshape(n, c // 4, 2 * h, 2 * w)
-
-    generator = torch.Generator().manual_seed(4)
-    z_hat = torch.randint(-3, 4, (1, config.hyper, 2, 3), generator=generator)
-    symbols = torch.randint(-4, 5, (1, config.latent, 8, 12), generator=generator).float()
-    quality = 40.0  # a node of the quality tables
-    condition = held["h_s_mean.condition.nodes"][4][None, :, None, None]
-    features = F.relu(d2s(layer("up2", F.relu(d2s(layer("up1", z_hat.float())) + condition))))
-    plain = layer("project", features)
-    means, residual = plain.clone(), torch.zeros_like(plain)
-    for number, p in enumerate(config.passes):
-        mean = plain[:, p.start : p.stop].clone()
-        if p.known:
-            r, path = residual[:, : p.known], f"context.{number}"
-            mixed, offset = layer(f"{path}.mix", r), torch.zeros(())
-            if config.mean_context_hidden:
-                tame = torch.sign(r) * torch.log(1 + r.abs())
-                seen = layer(f"{path}.look", tame) + layer(f"{path}.join", features)
-                hidden = F.relu(layer(f"{path}.think", F.relu(seen)))
-                mixed = mixed * (1 + layer(f"{path}.gate", hidden))
-                offset = layer(f"{path}.offset", hidden)
-            mean += layer(f"{path}.out", mixed) + offset
-        mask = p.mask(8, 12, mean.device)
-        chosen = torch.ones(8, 12, dtype=torch.bool) if mask is None else mask
-        own = slice(p.start, p.stop)
-        means[:, own] = torch.where(chosen, mean, means[:, own])
-        decoded = symbols[:, own] + mean - plain[:, own]
-        residual[:, own] = torch.where(chosen, decoded, residual[:, own])
-
-    networks = Codec.load(file, device="cpu", precision="float32").networks
-    side = networks.side_information(z_hat, networks.quality(quality))
-    prior = side.means([(0, 0, 8, 12)])
-    upright = symbols.permute(0, 2, 3, 1)
-    with torch.no_grad():
-        for number, p in enumerate(config.passes):
-            prior.reveal(p, upright[..., p.start : p.stop], prior.predict(number, p))
-        found = prior.y_hat(config.latent).permute(0, 3, 1, 2)
-    assert torch.allclose(found, symbols + means, atol=1e-3)
-    assert (means - plain).abs().max() > 0.5  # the contexts have a say
+PHOTO = Path(__file__).parent / "data" / "forget-me-not.jpg"
+MODELS = ["hyperprior", "context", "steps", "steered", "lattice", "filter"]
 
 
-def test_the_post_filter_follows_from_the_tensors_of_the_file() -> None:
-    """Step 5 of "From symbols to pixels"."""
-    file = GOLDEN / "filter" / "tiny.safetensors"
-    with safe_open(file, "pt") as tensors:
-        held = {key: tensors.get_tensor(key).float() for key in tensors.keys()}  # noqa: SIM118
+@pytest.fixture(scope="module")
+def small(codec: Codec) -> Weights:
+    return Weights(codec.weights)
 
-    def layer(path: str, x: Tensor) -> Tensor:
-        weight, bias = (held[f"post_filter.{path}.{kind}"] for kind in ("weight", "bias"))
-        return F.conv2d(x, weight, bias, padding=1)
 
-    def s2d(x: Tensor) -> Tensor:
-        n, c, h, w = x.shape
-        parts = x.view(n, c, h // 2, 2, w // 2, 2).permute(0, 3, 5, 1, 2, 4)
-        return parts.reshape(n, 4 * c, h // 2, w // 2)
+@pytest.fixture(scope="module")
+def shipped() -> Codec:
+    return Codec.load(device="cpu", precision="float32")
 
-    generator = torch.Generator().manual_seed(5)
-    picture = torch.randn((1, 3, 32, 48), generator=generator) * 20
-    unit = 8.84 * (1.576 / 8.84) ** 0.4
-    smooth = F.avg_pool2d(picture, 2)
-    existing = F.avg_pool2d(torch.ones_like(smooth), 3, 1, 1)
-    around = F.avg_pool2d(smooth, 3, 1, 1) / existing
-    condition = held["post_filter.condition.nodes"][4][None, :, None, None]
-    detail = (s2d(picture) - around.repeat(1, 4, 1, 1)) / unit
-    hidden = F.relu(layer("first", detail) + condition)
-    hidden = hidden + layer("blocks.0.two", F.relu(layer("blocks.0.one", hidden)))
-    expected = s2d(picture) + unit * layer("last", hidden)
 
-    post_filter = import_weights(file.read_bytes()).model.post_filter
-    assert post_filter is not None
-    with torch.no_grad():
-        found = s2d(post_filter(picture, torch.tensor([40.0])).contiguous())
-    assert torch.allclose(found, expected, atol=1e-3)
-    assert (expected - s2d(picture)).abs().max() > 1  # it has a say
+@pytest.fixture(scope="module")
+def shipped_weights(shipped: Codec) -> Weights:
+    return Weights(shipped.weights)
+
+
+def assert_alike(codec: Codec, weights: Weights, blob: bytes, levels: int = 1) -> None:
+    """The same integers in the codec and the reference, and pixels within so many levels."""
+    expected = reference_decoder.decode(weights, blob)
+    found = codec.decode_latents(blob)
+    assert np.array_equal(found.z_hat, expected.z_hat)
+    assert np.array_equal(found.symbols.permute(2, 0, 1), expected.symbols)
+    (pixels,) = codec.decode([blob])
+    assert pixels.shape == expected.pixels.shape
+    assert np.abs(pixels - expected.pixels).max() <= levels
+
+
+def encode_reduced(codec: Codec, image: NDArray[np.uint8], quality: float) -> bytes:
+    """A bitstream of a picture with sides 1.5 times smaller."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vaestream.codec.encoder.best_ratio", lambda *_: 1.5)
+        (blob,) = codec.encode([image], quality)
+    assert read_header(blob).reduction is not None
+    return blob
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_golden_bitstreams_decode_as_the_format_says(model: str) -> None:
+    file = GOLDEN / model / "tiny.safetensors"
+    codec = Codec.load(file, device="cpu", precision="float32")
+    weights = Weights(file.read_bytes())
+    assert reference_decoder.known_answer(weights) == weights.known_answer
+    for path in sorted(file.parent.glob("*.vst")):
+        blob = path.read_bytes()
+        reduced = read_header(blob).reduction is not None  # enlarging may add to a difference
+        assert_alike(codec, weights, blob, levels=2 if reduced else 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "quality"),
+    [
+        ((1, 1, 3), 5),
+        ((17, 1, 3), 15),
+        ((1, 37), 45),
+        ((53, 37), 25),
+        ((70, 90, 3), 33.37),
+        ((64, 64, 3), 0),
+        ((65, 129), 99.99),
+        ((24, 530, 3), 65),
+        ((520, 516), 12.5),
+    ],
+)
+def test_pictures_of_any_size_and_quality_decode_as_it_says(
+    codec: Codec, small: Weights, shape: tuple[int, ...], quality: float
+) -> None:
+    """Hyper-latents at a node of their tables and between; one tile, a row of them and a square."""
+    image = photo_like(shape[0], shape[1], channels=3 if len(shape) == 3 else 1)
+    (blob,) = codec.encode([image], quality)
+    assert_alike(codec, small, blob)
+
+
+def test_symbols_far_outside_the_tables_decode_as_it_says(codec: Codec, small: Weights) -> None:
+    """Noise, and blocks whose symbols are the largest there are."""
+    rng = np.random.default_rng(1)
+    blocks = rng.integers(0, 2, (4, 40), np.uint8) * 255
+    for image in (
+        rng.integers(0, 256, (40, 31, 3), np.uint8),
+        blocks.repeat(16, axis=0).repeat(16, axis=1),
+    ):
+        (blob,) = codec.encode([image], 100)
+        assert_alike(codec, small, blob)
+        for tile in Bitstream(blob, small.digest[:8]).tile_streams:
+            assert len(SymbolStream(tile[1:]).escapes) > 20
+
+
+@pytest.mark.parametrize("shape", [(61, 95, 3), (95, 61)])
+def test_reduced_pictures_decode_as_it_says(
+    codec: Codec, small: Weights, shape: tuple[int, ...]
+) -> None:
+    image = photo_like(shape[0], shape[1], channels=3 if len(shape) == 3 else 1)
+    assert_alike(codec, small, encode_reduced(codec, image, 40), levels=2)
+
+
+def test_the_shipped_model_decodes_as_it_says(shipped: Codec, shipped_weights: Weights) -> None:
+    with Image.open(PHOTO) as photo:
+        pixels = np.asarray(photo.convert("RGB"))
+    for image, quality in (
+        (pixels[100:170, 100:190], 33.37),
+        (pixels[:24, :530], 65),
+        (pixels[:53, :37, 1], 90),
+        (np.random.default_rng(1).integers(0, 256, (40, 31, 3), np.uint8), 100),
+    ):
+        (blob,) = shipped.encode([np.ascontiguousarray(image)], quality)
+        assert_alike(shipped, shipped_weights, blob)
+    blob = encode_reduced(shipped, np.ascontiguousarray(pixels[:61, :95]), 40)
+    assert_alike(shipped, shipped_weights, blob, levels=2)
+
+
+def test_the_known_answer_follows_from_the_format(shipped_weights: Weights, small: Weights) -> None:
+    for weights in (shipped_weights, small):
+        assert reference_decoder.known_answer(weights) == weights.known_answer
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (20, 530)])
+def test_damage_and_what_is_left_over_are_refused(
+    codec: Codec, small: Weights, shape: tuple[int, int]
+) -> None:
+    """Of one tile and of two."""
+    (blob,) = codec.encode([photo_like(*shape)], 50)
+    flipped = blob[:-1] + bytes([blob[-1] ^ 1])
+    for damaged in (flipped, blob + b"\0", blob[:-1]):
+        with pytest.raises(ValueError, match=r"CRC|left over|cut off"):
+            reference_decoder.decode(small, damaged)
 
 
 def test_weights_survive_the_file() -> None:

@@ -149,9 +149,11 @@ class ShardWorker:
             else:
                 # Somebody else may have had more luck.
                 done = committed_part(spec.fs, spec.root, shard.part_id)
+                if done is not None:
+                    return Made(done)
                 base = committed_part(spec.fs, spec.root, part_id_of(shard.base) or "")
-                if (part := done or base) is not None:
-                    return Made(part, {row.key: str(row.error) for row in first})
+                if base is not None:
+                    return Made(base, {row.key: str(row.error) for row in first})
             old = read_rows(spec.fs, join(spec.root, shard.base))
             rows = _renewed(old, chain(first, rows), unread)
         # Another worker may have the same shard in hand, on another device, with other bytes: the

@@ -9,13 +9,8 @@ import fnmatch
 import hashlib
 import os
 import re
-import stat
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from functools import partial
-from itertools import pairwise
 from typing import Any
 
 from fsspec import AbstractFileSystem
@@ -23,16 +18,21 @@ from fsspec import AbstractFileSystem
 from vaestream.archive.retries import LISTING_SECONDS, may_pass, retrying
 from vaestream.errors import SourceError
 from vaestream.pipeline.members import is_container, list_members, member_url
-from vaestream.pipeline.plan import SourceObject, Version, escape, safe_key, utc
+from vaestream.pipeline.plan import SourceObject, Version, safe_key
 from vaestream.pipeline.stores import store_of
 from vaestream.pipeline.tables import is_list, is_parquet, listed_urls, parquet_kind
-from vaestream.text import describe
-from vaestream.urls import protocol_of, public_text, public_url
+from vaestream.pipeline.walk import (
+    Info,
+    listing_errors,
+    protocols_of,
+    regular,
+    shown_url,
+    version_of,
+    walk,
+)
+from vaestream.urls import protocol_of, public_url
 
 _MAGIC = re.compile(r"[*?\[]")
-
-Info = Mapping[str, Any]
-"""What an fsspec store says of a file: size, type, and times under names of its own."""
 
 
 @dataclass(slots=True)
@@ -165,12 +165,12 @@ def _objects(
     if not count:
         left = listing.left_out
         what = f"{left} objects, all of them left out" if left else "no objects to compress"
-        raise SourceError(f"{', '.join(_told(source.text) for source in sources)}: {what}")
+        raise SourceError(f"{', '.join(shown_url(source.text) for source in sources)}: {what}")
 
 
 def _resolve(text: str, storage_options: Mapping[str, Any] | None) -> _Source:
     fs, path = store_of(text, storage_options)
-    with _listing(text):
+    with listing_errors(text):
         if protocol_of(text) in ("http", "https"):
             # A page with links passes for a folder: only the object itself is asked for.
             info = _info(fs, path)
@@ -205,7 +205,7 @@ def _file(text: str, fs: AbstractFileSystem, path: str, name: str, info: Info) -
     elif is_list(name):
         kind = "list"
     elif is_parquet(name):
-        kind = parquet_kind(fs, path, _told(text))
+        kind = parquet_kind(fs, path, shown_url(text))
     folder = name if kind == "container" else _parent(name)
     return _Source(text, fs, path, folder, kind == "file", kind, info)
 
@@ -222,9 +222,9 @@ def _items(
 ) -> Iterator[SourceObject]:
     """Objects with keys relative to the source's folder."""
     fs, path = source.fs, source.path
-    with _listing(source.text):
+    with listing_errors(source.text):
         if source.kind == "folder":
-            yield from _plain(listing, fs, path, _walk(fs, path, exclude))
+            yield from _plain(listing, fs, path, walk(fs, path, exclude))
         elif source.kind == "container":
             yield from _members(listing, fs, path, source.info, "")
         elif source.kind == "list":
@@ -233,7 +233,7 @@ def _items(
             yield from _globbed(listing, source, exclude)
         else:
             name = _last(path.split("?")[0].split("#")[0]) if _is_web(fs) else _last(path)
-            checked = _regular(path, source.info)
+            checked = regular(path, source.info)
             if checked is not None:
                 yield _object(listing, fs, path, name, checked)
 
@@ -252,13 +252,13 @@ def _globbed(listing: Listing, source: _Source, exclude: Sequence[str]) -> Itera
         fs, lambda: dict(fs.glob(source.path, detail=True)), seconds=LISTING_SECONDS
     )
     if not matches:
-        raise SourceError(f"{_told(source.text)}: no file or folder matches")
+        raise SourceError(f"{shown_url(source.text)}: no file or folder matches")
     cut = len(base) + 1 if base else 0
     for path, info in matches.items():
         if info["type"] == "directory":
-            yield from _plain(listing, fs, base, _walk(fs, path, exclude))
+            yield from _plain(listing, fs, base, walk(fs, path, exclude))
             continue
-        checked = _regular(path, info)
+        checked = regular(path, info)
         if checked is None:
             continue
         if is_container(path) or _has_pictures(fs, path):
@@ -278,11 +278,11 @@ def _members(
     listing: Listing, fs: AbstractFileSystem, path: str, info: Info, prefix: str
 ) -> Iterator[SourceObject]:
     store = listing.store(fs)
-    container = _version(info)
+    container = version_of(info)
     # Of a container that has changed, no member counts as the one it was.
     state = container.etag or (container.mtime.isoformat() if container.mtime else None)
     names: dict[str, int] = {}
-    url = _told(fs.unstrip_protocol(path))
+    url = shown_url(fs.unstrip_protocol(path))
     for found in list_members(fs, path):
         # What `tar c .` puts in front of each name says nothing.
         name = key = safe_key(found.name.removeprefix("./"))
@@ -301,7 +301,7 @@ def _listed(
     listing: Listing, source: _Source, storage_options: Mapping[str, Any] | None
 ) -> Iterator[SourceObject]:
     folder = _parent(source.path)
-    shown = _told(source.text)
+    shown = shown_url(source.text)
     for url in listed_urls(source.fs, source.path, shown):
         if "://" in url:
             fs, path = store_of(url, storage_options)
@@ -311,165 +311,30 @@ def _listed(
             path = url if url.startswith("/") else f"{folder}/{url}"
             path, key = fs._strip_protocol(path), url.lstrip("/")
         version = Version()
-        if "file" in _protocols(fs):
+        if "file" in protocols_of(fs):
             try:
                 status = os.stat(path)
             except OSError:
                 pass  # its row will tell
             else:
-                version = _version({"size": status.st_size, "mtime": status.st_mtime})
+                version = version_of({"size": status.st_size, "mtime": status.st_mtime})
         yield SourceObject(
-            safe_key(key), listing.store(fs), path, _told(fs.unstrip_protocol(path)), version
+            safe_key(key), listing.store(fs), path, shown_url(fs.unstrip_protocol(path)), version
         )
 
 
 def _object(
     listing: Listing, fs: AbstractFileSystem, path: str, relative: str, info: Info
 ) -> SourceObject:
-    url = _told(fs.unstrip_protocol(path))
+    url = shown_url(fs.unstrip_protocol(path))
     return SourceObject(
         safe_key(relative),
         listing.store(fs),
         path,
         url,
-        _version(info),
+        version_of(info),
         problem=info.get("problem"),
     )
-
-
-def _walk(fs: AbstractFileSystem, path: str, exclude: Sequence[str]) -> Iterator[tuple[str, Info]]:
-    """Every file below a folder, ascending by path; memory holds the names of one folder."""
-    exclude = [pattern for pattern in exclude if "/" not in pattern]
-    protocols = _protocols(fs)
-    with _listing(fs.unstrip_protocol(path)):
-        if "file" in protocols:
-            yield from _walk_local(path, exclude)
-        elif "s3" in protocols:
-            yield from _walk_s3(fs, path)
-        else:
-            yield from _walk_folders(fs, path, exclude)
-
-
-def _walk_local(folder: str, exclude: Sequence[str]) -> Iterator[tuple[str, Info]]:
-    names: list[str] = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            is_folder = entry.is_dir(follow_symlinks=False)
-            names.append(entry.name + "/" * is_folder)
-    names.sort(key=safe_key)
-    for one, other in pairwise(names):
-        if safe_key(one) == safe_key(other):
-            raise SourceError(
-                f"{_told(folder)}: {one!a} and {other!a} would both be kept as "
-                f"{safe_key(one.rstrip('/'))!r}: rename one"
-            )
-    for name in names:
-        path = f"{folder.rstrip('/')}/{name}"
-        if name.endswith("/"):
-            if not _is_excluded(name[:-1], exclude):
-                yield from _walk_local(path[:-1], exclude)
-            continue
-        info = _status(path)
-        if info is not None:
-            yield path, info
-
-
-def _walk_s3(fs: AbstractFileSystem, path: str) -> Iterator[tuple[str, Info]]:
-    """A page of a thousand keys at a time: s3fs would gather all of them first."""
-    bucket, prefix, _ = fs.split_path(path)
-    prefix = prefix.rstrip("/") + "/" if prefix else ""
-    more: dict[str, str] = {}
-    while True:
-        page = retrying(fs, partial(_page, fs, bucket, prefix, more))
-        for entry in page.get("Contents", []):
-            if not entry["Key"].endswith("/"):  # those are marks of folders
-                yield f"{bucket}/{entry['Key']}", entry
-        if not page.get("IsTruncated"):
-            return
-        more = {"ContinuationToken": page["NextContinuationToken"]}
-
-
-def _page(
-    fs: AbstractFileSystem, bucket: str, prefix: str, more: Mapping[str, str]
-) -> dict[str, Any]:
-    return dict(fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more))
-
-
-def _walk_folders(
-    fs: AbstractFileSystem, folder: str, exclude: Sequence[str]
-) -> Iterator[tuple[str, Info]]:
-    listed = retrying(fs, lambda: list(fs.ls(folder, detail=True)), seconds=LISTING_SECONDS)
-    fs.invalidate_cache(folder)  # or else it would hold all folders in the end
-    found = [info for info in listed if info["name"].rstrip("/") != folder]
-    is_folder = {info["name"]: info["type"] == "directory" for info in found}
-    for info in sorted(found, key=lambda one: one["name"] + "/" * is_folder[one["name"]]):
-        if is_folder[info["name"]]:
-            below = info["name"].rstrip("/")
-            if not _is_excluded(_last(below), exclude):
-                yield from _walk_folders(fs, below, exclude)
-        elif info["type"] == "file":
-            yield info["name"], info
-
-
-def _status(path: str) -> Info | None:
-    """Of what a link points to; a dead link counts as a file (its row says that it is dead), and
-    None is what is no file."""
-    try:
-        status = os.stat(path)
-    except FileNotFoundError as error:
-        return {"problem": describe(error)} if os.path.islink(path) else {}
-    except OSError:
-        return {}
-    if not stat.S_ISREG(status.st_mode):
-        return None
-    return {"size": status.st_size, "mtime": status.st_mtime}
-
-
-def _regular(path: str, info: Info) -> Info | None:
-    """As `_status`, of a file that a store has described."""
-    if info["type"] == "other":
-        return _status(path) if info.get("islink") else None
-    return info if info["type"] == "file" else None
-
-
-@contextmanager
-def _listing(source: str) -> Iterator[None]:
-    """Raise whatever a store raises in the block as SourceError that names `source`."""
-    shown = _told(source)
-    try:
-        yield
-    except (SourceError, GeneratorExit):
-        raise
-    except FileNotFoundError as error:
-        raise SourceError(f"{shown}: there is no such file, folder or object") from error
-    except Exception as error:  # each store has errors of its own, many of them no OSError
-        told = public_text(" ".join(str(error).split()).replace(source, shown))
-        raise SourceError(f"{shown}: cannot be listed: {type(error).__name__}: {told}") from error
-
-
-def _version(info: Info) -> Version:
-    """Stores name these differently: local mtime, S3 LastModified and ETag, GCS updated, ..."""
-    lower = {name.lower(): value for name, value in info.items()}
-    times = (lower.get(name) for name in ("mtime", "lastmodified", "last_modified", "updated"))
-    etag = next((lower[name] for name in ("etag", "md5hash") if lower.get(name)), None)
-    return Version(
-        size=None if lower.get("size") is None else int(lower["size"]),
-        mtime=next((_utc(value) for value in times if value is not None), None),
-        etag=None if etag is None else str(etag),
-    )
-
-
-def _utc(value: object) -> datetime | None:
-    if isinstance(value, int | float):
-        return utc(value)
-    if isinstance(value, str):
-        try:
-            value = datetime.fromisoformat(value)
-        except ValueError:
-            return None
-    if not isinstance(value, datetime):
-        return None
-    return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
 def _selected(key: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
@@ -480,12 +345,6 @@ def _selected(key: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
         return any(fnmatch.fnmatchcase(part, pattern) for part in parts)
 
     return (not include or any(map(matches, include))) and not any(map(matches, exclude))
-
-
-def _is_excluded(folder: str, exclude: Sequence[str]) -> bool:
-    """Whether a folder's name matches any of these patterns, which have no slash: so would all keys
-    below it."""
-    return any(fnmatch.fnmatchcase(safe_key(folder), pattern) for pattern in exclude)
 
 
 def _prefixes(sources: Sequence[_Source]) -> list[str]:
@@ -520,35 +379,26 @@ def _apart(folders: Sequence[str]) -> list[str]:
     return ["/".join(one) for one in names]
 
 
-def _told(url: str) -> str:
-    """A URL or path as it may be told: text, without secrets."""
-    return public_url(escape(url))
-
-
 def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).digest()
 
 
-def _protocols(fs: AbstractFileSystem) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
-
-
 def _is_web(fs: AbstractFileSystem) -> bool:
-    return "http" in _protocols(fs)
+    return "http" in protocols_of(fs)
 
 
 def _barrier(
     fs: AbstractFileSystem, destination: str, storage_options: Mapping[str, Any] | None
 ) -> str | None:
     """The destination's path in `fs`, or None where it lies in another store."""
-    if protocol_of(destination) not in _protocols(fs):
+    if protocol_of(destination) not in protocols_of(fs):
         return None
     target, path = store_of(destination, storage_options)
     return _real(target, path)
 
 
 def _real(fs: AbstractFileSystem, path: str) -> str:
-    return os.path.realpath(path) if "file" in _protocols(fs) else path
+    return os.path.realpath(path) if "file" in protocols_of(fs) else path
 
 
 def _is_under(path: str, folder: str) -> bool:

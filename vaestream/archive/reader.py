@@ -466,7 +466,7 @@ class Archive:
                     footer = read_footer(self._fs, path, file_size(self._fs, path), name)
                 except FileNotFoundError as error:
                     raise self._missing(path) from error
-                info = next(part for part in self.manifest.parts if part.name == name)
+                info = self._infos[name]
                 size = footer.offset + len(footer.data)
                 places = None
                 if footer.sha256 != info.footer_sha256:

@@ -271,9 +271,12 @@ def failed(item: SourceObject, data: bytes | None, error: str) -> Row:
     and then the row tells the size that the store has told."""
     if data is not None:
         return kept(item, data, error=error)
-    unread = {**_source(item, b""), "source_size": item.version.size or 0}
-    version = {"source_mtime": item.version.mtime, "source_etag": item.version.etag}
-    return Row(data=b"", codec="source", error=error, **(unread | version))
+    listed = {
+        "source_size": item.version.size or 0,
+        "source_mtime": item.version.mtime,
+        "source_etag": item.version.etag,
+    }
+    return Row(data=b"", codec="source", error=error, **(_source(item, b"") | listed))
 
 
 def unread(got: Fetched) -> Row:

@@ -40,19 +40,19 @@ def walk(fs: AbstractFileSystem, path: str, exclude: Sequence[str]) -> Iterator[
 
 
 def _walk_local(folder: str, exclude: Sequence[str]) -> Iterator[tuple[str, Info]]:
-    names: list[str] = []
+    found: list[tuple[str, str]] = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            is_folder = entry.is_dir(follow_symlinks=False)
-            names.append(entry.name + "/" * is_folder)
-    names.sort(key=safe_key)
-    for one, other in pairwise(names):
-        if safe_key(one) == safe_key(other):
+            name = entry.name + "/" * entry.is_dir(follow_symlinks=False)
+            found.append((safe_key(name), name))
+    found.sort()
+    for (key, one), (next_key, other) in pairwise(found):
+        if key == next_key:
             raise SourceError(
                 f"{shown_url(folder)}: {one!a} and {other!a} would both be kept as "
                 f"{safe_key(one.rstrip('/'))!r}: rename one"
             )
-    for name in names:
+    for _, name in found:
         path = f"{folder.rstrip('/')}/{name}"
         if name.endswith("/"):
             if not _is_excluded(name[:-1], exclude):

@@ -18,7 +18,9 @@ def best_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     elif device.type == "cpu":
-        fast = not _cpu_flags().isdisjoint({"avx512_bf16", "amx_bf16"})
+        flags = _cpu_flags()
+        # Intel's AVX-512 takes as many products a cycle in bfloat16 as in float32, AMD's twice.
+        fast = "amx_bf16" in flags or {"avx512_bf16", "AuthenticAMD"} <= flags
     else:
         fast = False
     return torch.bfloat16 if fast else torch.float32
@@ -59,6 +61,6 @@ def _int8_is_exact() -> bool:
 
 @cache
 def _cpu_flags() -> frozenset[str]:
-    """What Linux says the CPU has; empty where it cannot be asked."""
+    """What Linux says the CPU has, and who made it; empty where it cannot be asked."""
     cpuinfo = Path("/proc/cpuinfo")
     return frozenset(cpuinfo.read_text().split()) if cpuinfo.exists() else frozenset()

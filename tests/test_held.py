@@ -62,8 +62,16 @@ def test_parts_that_share_a_key_are_named(tmp_path: Path) -> None:
         write(tmp_path, "d", ["2", "9"]),
         write(tmp_path, "e", ["7"]),
     ]
-    rows = held_rows(tmp_path, *others)
-    assert rows.doubled(held_rows(tmp_path, one)) == others[:3]
-    assert rows.doubled(held_rows(tmp_path)) == others[:2]
-    assert held_rows(tmp_path, others[3]).doubled(held_rows(tmp_path, one)) == []
-    assert rows.shares_keys(one) and not held_rows(tmp_path, one).shares_keys(others[3])
+    rows, empty = held_rows(tmp_path, *others), held_rows(tmp_path)
+    assert rows.sharing(held_rows(tmp_path, one)) == [others[2]]
+    assert rows.sharing(empty) == empty.sharing(rows) == []
+    assert rows.surplus(held_rows(tmp_path, one)) == others[1:3]
+    assert rows.surplus(empty) == [others[1]]
+    assert empty.surplus(rows) == []
+
+
+def test_what_makes_way_holds_up_nothing_else(tmp_path: Path) -> None:
+    """The second part goes for the first's sake, so the third may stay."""
+    chain = [write(tmp_path, "a", ["1", "2"]), write(tmp_path, "b", ["2", "3"])]
+    chain.append(write(tmp_path, "c", ["3", "4"]))
+    assert held_rows(tmp_path, *chain).surplus(held_rows(tmp_path)) == [chain[1]]

@@ -1,8 +1,10 @@
 """Photos inside tars, zips and Parquet files, and those that lists name."""
 
+import errno
 import functools
 import io
 import random
+import re
 import tarfile
 import tempfile
 import threading
@@ -23,6 +25,7 @@ from without_ray import without_ray
 import vaestream
 from vaestream.archive import retries, storage
 from vaestream.errors import SourceError
+from vaestream.pipeline import members
 from vaestream.pipeline.fetch import Fetched, fetch_all
 from vaestream.pipeline.job import Summary
 from vaestream.pipeline.listing import list_sources
@@ -148,6 +151,37 @@ def test_a_read_without_an_answer_costs_no_member(
     fs.never.set()
     assert fs.hung and [one.error for one in got] == [None] * 4
     assert [one.data for one in got] == list(FILES.values())
+
+
+@pytest.mark.parametrize("error", [TimeoutError("no answer"), OSError(errno.EIO, "bad cable")])
+@pytest.mark.parametrize("ending", ["zip", "tar", "tar.gz"])
+def test_a_store_that_fails_for_a_moment_damages_no_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, error: OSError
+) -> None:
+    path = tmp_path / f"photos.{ending}"
+    if ending == "zip":
+        make_zip(path, zipfile.ZIP_DEFLATED)
+    else:
+        make_tar(path, "w:gz" if ending == "tar.gz" else "w")
+    cat_file, failures = LocalFileSystem.cat_file, 2
+
+    def fail(self: LocalFileSystem, *args: Any, **options: Any) -> bytes:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise error
+        data: bytes = cat_file(self, *args, **options)
+        return data
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", fail)
+    objects = list(listing := list_sources([str(path)]))
+    failures = 2
+    got = fetch_all(objects, listing.stores, members=MemberReader(), max_object_bytes=1 << 30)
+    assert {one.item.key: one.data for one in got} == FILES
+    # One that fails for good is no empty container either.
+    failures = 1000
+    with pytest.raises(SourceError, match="cannot be listed"):
+        list(list_sources([str(path)]))
 
 
 def test_a_zip_that_has_changed_since_gives_no_member_for_another(tmp_path: Path) -> None:
@@ -327,6 +361,20 @@ def test_parquet_with_pictures_stands_for_them(
     assert contents(read(tmp_path / "x.parquet")) == dict(zip(keys, IMAGES, strict=True))
 
 
+def test_pictures_of_a_large_row_group_come_in_any_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(members, "_BATCH_BYTES", 1)  # a picture at a time
+    column = pa.array([{"bytes": data, "path": f"{i}.png"} for i, data in enumerate(IMAGES)])
+    pq.write_table(pa.table({"image": column}), tmp_path / "x.parquet")
+    objects = list(listing := list_sources([str(tmp_path / "x.parquet")]))
+    for order in (range(5), range(4, -1, -1), (2, 0, 3, 3)):
+        reader = MemberReader()
+        for i in order:
+            data = reader.read(listing.stores[0], objects[i], max_bytes=1 << 30)
+            assert data == IMAGES[i]
+
+
 def test_a_missing_picture_is_an_error_of_its_row(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [IMAGES[0], None]}), tmp_path / "x.parquet")
     found = read(tmp_path / "x.parquet")
@@ -358,14 +406,22 @@ def test_a_list_stands_for_what_it_names(tmp_path: Path, kind: str) -> None:
     assert found == expected
 
 
-def test_a_list_is_refused_where_only_secrets_tell_objects_apart(tmp_path: Path) -> None:
+def test_urls_of_a_list_that_share_a_key_are_told_apart(tmp_path: Path) -> None:
     pytest.importorskip("aiohttp")
     path = tmp_path / "list.txt"
-    path.write_text("http://h/get?design=1&key=1\nhttp://h/get?design=2&key=1\n")
-    assert len(list(list_sources([str(path)]))) == 2
-    path.write_text("http://h/get?key=1\nhttp://h/get?key=2\nhttp://h/get?key=1\n")
-    with pytest.raises(SourceError, match="would both be kept as 'h/get'"):
-        list(list_sources([str(path)]))
+
+    def listed(*lines: str) -> dict[str, str]:
+        path.write_text("\n".join(lines))
+        return {item.path: item.key for item in list_sources([str(path)])}
+
+    assert len(set(listed("http://h/get?design=1&key=1", "http://h/get?design=2&key=1"))) == 2
+    urls = [f"http://h/get.jpg?key={n}" for n in (1, 2, 3)] + ["https://h/get.jpg"]
+    keys = listed(*urls, urls[1])
+    assert len(keys) == len(set(keys.values())) == 4
+    assert keys[urls[0]] == "h/get.jpg"
+    assert all(re.fullmatch(r"h/get~[0-9a-f]{12}\.jpg", keys[url]) for url in urls[1:])
+    # A list that has grown in its midst leaves them their keys.
+    assert listed(urls[0], "http://h/other.jpg", *urls[1:]).items() >= keys.items()
 
 
 def test_a_text_beside_photos_is_no_list(tmp_path: Path) -> None:

@@ -3,11 +3,15 @@
 import functools
 import http.server
 import os
+import tarfile
 import threading
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
@@ -114,6 +118,18 @@ def test_a_folder_that_may_not_be_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a").chmod(0)
     with pytest.raises(SourceError, match="cannot be listed"):
         list_sources([str(tmp_path)])
+
+
+def test_a_folder_that_is_gone_when_its_turn_comes_is_empty(tmp_path: Path) -> None:
+    write(tmp_path, "a/x.jpg", "b/x.jpg", "c/x.jpg")
+    for source in (str(tmp_path), f"local://{tmp_path}"):
+        objects = iter(find_sources([source]))
+        assert next(objects).key == "a/x.jpg"
+        (tmp_path / "b").rename(tmp_path / "d")
+        assert [item.key for item in objects] == ["c/x.jpg"]
+        (tmp_path / "d").rename(tmp_path / "b")
+    with pytest.raises(SourceError, match="no such"):
+        find_sources([str(tmp_path / "gone")])
 
 
 @pytest.mark.parametrize(("owner", "method"), [(LocalFileSystem, "info"), (os, "scandir")])
@@ -310,11 +326,22 @@ def test_a_url_is_told_without_its_secrets(url: str, told: str) -> None:
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
+    """Gives parts of files too."""
+
     def do_GET(self) -> None:
+        path, wanted = Path(self.translate_path(self.path)), self.headers.get("Range")
         if self.path.startswith("/closed/"):
             self.send_error(403)
-        else:
+        elif wanted is None or not path.is_file():
             super().do_GET()
+        else:
+            begin, end = wanted.removeprefix("bytes=").split("-")
+            data = path.read_bytes()[int(begin) : int(end) + 1]
+            self.send_response(206)
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Content-Range", f"bytes {begin}-{end}/{path.stat().st_size}")
+            self.end_headers()
+            self.wfile.write(data)
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -343,6 +370,27 @@ def test_files_over_http(tmp_path: Path, web: str) -> None:
     assert data == [b"a/x.jpg", b"y z.jpg"]
     with pytest.raises(SourceError, match="no such file"):
         list_sources([f"{web}/gone.jpg"])
+
+
+def test_a_signed_url_of_what_holds_photos_stands_for_them(tmp_path: Path, web: str) -> None:
+    pytest.importorskip("aiohttp")
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.writestr("a.jpg", b"of the zip")
+    with tarfile.open(tmp_path / "photos.tar.gz", "w:gz") as tar:
+        tar.add(write(tmp_path, "b.jpg") / "b.jpg", "b.jpg")
+    pq.write_table(pa.table({"image": [b"of the table"]}), tmp_path / "photos.parquet")
+    (tmp_path / "list.csv").write_text(f"url\n{web}/b.jpg\n")
+    for name, data in (
+        ("photos.zip", b"of the zip"),
+        ("photos.tar.gz", b"b.jpg"),
+        ("photos.parquet", b"of the table"),
+        ("list.csv", b"b.jpg"),
+    ):
+        listing = list_sources([f"{web}/{name}?X-Amz-Signature=abcdef"])
+        assert "abcdef" not in " ".join(item.key + item.url for item in listing.objects)
+        limits: dict[str, Any] = {"max_object_bytes": 1 << 20}
+        found = fetch_all(listing.objects, listing.stores, members=MemberReader(), **limits)
+        assert [got.data for got in found] == [data]
 
 
 def test_a_signed_url_leaves_no_signature(tmp_path: Path, web: str) -> None:

@@ -109,6 +109,52 @@ def test_a_second_job_with_other_settings_is_refused(run_here: Run, tmp_path: Pa
     assert verify(str(tmp_path / "archive")) == []
 
 
+class Stopped(Exception):
+    """What ends a job in its midst."""
+
+
+def interrupted(run: Run, source: Path, archive: Path, **options: Any) -> None:
+    """A job that ends after its first shard."""
+
+    def stop() -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        run(source, archive, progress=once(stop), **options)
+
+
+def test_two_interrupted_jobs_over_different_listings_end_as_one_archive(
+    run_here: Run, tmp_path: Path
+) -> None:
+    source, archive = tmp_path / "source", tmp_path / "archive"
+    fill(source, ["b.png", "d.png", "f.png", "h.png"])
+    interrupted(run_here, source, tmp_path / "first")
+    fill(source, ["a.png"], first=20)
+    interrupted(run_here, source, archive)
+    for part in (tmp_path / "first").glob("part-*"):  # as if both had been at work there
+        part.rename(archive / part.name)
+    assert run_here(source, archive).objects == 5
+    assert verify(str(archive)) == []
+    assert vaestream.open(str(archive)).keys() == [f"{name}.png" for name in "abdfh"]
+
+
+def test_an_interrupted_replacement_mixes_with_nothing(run_here: Run, tmp_path: Path) -> None:
+    source, archive = tmp_path / "source", tmp_path / "archive"
+    fill(source, ["a.png", "b.png", "c.png", "d.png"])
+    interrupted(run_here, source, archive, quality=50)
+    interrupted(run_here, source, archive, quality=80, overwrite=True)
+    with pytest.raises(SettingsMismatchError, match="overwrite, to go on"):
+        run_here(source, archive, quality=80)
+    run_here(source, archive, quality=80, overwrite=True)
+    assert verify(str(archive)) == []
+    assert {row.quality for row in vaestream.open(str(archive)).rows()} <= {80.0, None}
+    # Where nothing was replaced, it makes no difference.
+    fresh = tmp_path / "fresh"
+    interrupted(run_here, source, fresh, quality=80, overwrite=True)
+    run_here(source, fresh, quality=80)
+    assert files(fresh) == files(archive)
+
+
 def test_two_drivers_at_the_same_time(local_ray: Path, weights: Path, tmp_path: Path) -> None:
     import ray
 

@@ -13,7 +13,7 @@ from photos import fill, pixels, png
 
 from vaestream import Codec, images
 from vaestream.archive import retries
-from vaestream.archive.schema import Row
+from vaestream.archive.schema import Row, to_table
 from vaestream.archive.writer import find_part, write_model, write_part
 from vaestream.errors import SourceError, VaestreamError
 from vaestream.pipeline import worker
@@ -117,6 +117,17 @@ def test_an_object_that_has_changed_since_it_was_listed_has_no_known_state() -> 
     assert kept(listed, b"1234").source_etag is None
 
 
+@pytest.mark.parametrize("claim", [2**31 + 96, 2**32 - 1])
+def test_a_size_that_no_picture_has_is_not_believed(codec: Codec, claim: int) -> None:
+    data = png(1)[:16] + claim.to_bytes(4) + png(1)[20:]
+    row = Compressor(codec, Settings.of(min_psnr=0)).row(item("a.png"), data)
+    assert (row.codec, row.data, row.width) == ("source", data, None)
+    assert row.error or row.reason
+    assert len(to_table([row])) == 1
+    ppm = b"P6 4294967296 1 255\n" + bytes(99)
+    assert len(to_table([Compressor(codec, Settings.of()).row(item("a.ppm"), ppm)])) == 1
+
+
 def test_the_default_floor_follows_what_was_asked_for() -> None:
     assert Settings.of().floor(50) == 28
     assert Settings.of(quality=0).floor(0) == 18
@@ -212,6 +223,37 @@ def test_a_store_that_is_down_is_no_error_of_its_photos(
         fetch(objects[:2], LocalFileSystem(), witnesses=witnesses)
         with pytest.raises(SourceError, match=r"2\.png: .*; nor can .*1\.png any longer"):
             fetch(objects[2:3], Flaky(99, error=gone), witnesses=witnesses)
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("error", [TimeoutError("no answer"), PermissionError("closed")])
+def test_of_the_webs_hosts_one_may_fail_but_not_all(tmp_path: Path, error: OSError) -> None:
+    class Web(Flaky):
+        """Its URLs are files below `tmp_path`."""
+
+        def cat_file(self, path: str, *args: Any, **options: Any) -> bytes:
+            return super().cat_file(f"{tmp_path}/{path.removeprefix('http://')}", *args, **options)
+
+        def info(self, path: str, **options: Any) -> dict[str, Any]:
+            return {"size": None}
+
+    names = [f"{host}/{n}.png" for host in "xyz" for n in range(8)]
+    fill(tmp_path, names)
+    objects = [SourceObject(n, 0, f"http://{n}", f"http://{n}", Version()) for n in names]
+    dead = [name for name in names if name.startswith("x/")]
+    # A host that nothing comes from, and one that has had enough after a few.
+    for failing in (dead, dead[3:]):
+        got = fetch(objects, Web(99, *failing, error=error))
+        assert [one.item.key for one in got if one.data is None] == failing
+    for host in ("x", "y"):
+        got = fetch([o for o in objects if o.key[0] == host], Web(99, "x/0.png", error=error))
+        assert sum(one.data is None for one in got) == (host == "x")
+    with pytest.raises(SourceError, match="nor can"):
+        fetch(objects[::-3], Web(99, error=error))
+    witnesses: Witnesses = {}
+    fetch(objects[:9], Web(0), witnesses=witnesses)
+    with pytest.raises(SourceError, match=r"z/0\.png: .*; nor can .* any longer"):
+        fetch(objects[16:], Web(99, error=error), witnesses=witnesses)
 
 
 def test_an_object_over_the_cap_is_told_by_its_size(tmp_path: Path) -> None:

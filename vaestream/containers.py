@@ -120,7 +120,7 @@ def identify(data: bytes, name: str) -> str | None:
         return "JPEG2000"
     if re.match(rb"P[1-6]\s*(#|\s\d)", data):
         return "PPM"
-    if claimed_format(name) == "TGA":
+    if data and claimed_format(name) == "TGA":
         return "TGA"
     return None
 

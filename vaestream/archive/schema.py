@@ -25,6 +25,9 @@ CodecName = Literal["vae", "source"]
 MAX_VALUE_BYTES = 2**31 - 2**16
 """Largest blob, in bytes: a Parquet page counts its bytes in an int32."""
 
+MAX_SIDE = 2**31 - 1
+"""Largest width and height, in pixels."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
@@ -183,6 +186,10 @@ def check_row(row: Row) -> None:
                 f"{row.key}: {field.name} has {len(value)} bytes, more than the "
                 f"{MAX_VALUE_BYTES} that an archive can hold in one value"
             )
+    for name in ("width", "height", "channels"):
+        side = getattr(row, name)
+        if side is not None and not 0 < side <= MAX_SIDE:
+            raise ArchiveError(f"{row.key}: {name} {side} is outside 1 to {MAX_SIDE}")
     if row.codec not in ("vae", "source"):
         raise ArchiveError(f"{row.key}: codec {row.codec!r} is neither 'vae' nor 'source'")
     if row.source_mtime is not None and row.source_mtime.tzinfo is None:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from vaestream import images
-from vaestream.archive.schema import Row
+from vaestream.archive.schema import MAX_SIDE, Row
 from vaestream.codec import Codec, Encoded
 from vaestream.codec.metrics import psnr
 from vaestream.errors import VaestreamError
@@ -261,9 +261,18 @@ def is_verified(data: bytes, verify: Verify) -> bool:
     return verify == "all"
 
 
-def kept(item: SourceObject, data: bytes, **what: Any) -> Row:
+def kept(
+    item: SourceObject,
+    data: bytes,
+    *,
+    width: int | None = None,
+    height: int | None = None,
+    **what: Any,
+) -> Row:
     """A row that keeps the source's bytes; `what`: further fields of Row, reason or error."""
-    return Row(data=data, codec="source", **what, **_source(item, data))
+    # A damaged header may claim any size.
+    width, height = (side if side and 0 < side <= MAX_SIDE else None for side in (width, height))
+    return Row(data=data, codec="source", width=width, height=height, **what, **_source(item, data))
 
 
 def failed(item: SourceObject, data: bytes | None, error: str) -> Row:

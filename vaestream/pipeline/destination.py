@@ -89,15 +89,16 @@ class Destination:
         wanted = {"settings": settings, "model_id": model_id}
         running = _read_record(fs, root)
         left: set[str] = set()
-        if running is not None and running.replace and manifest is not None:
-            if running.over != manifest.index_sha256:
+        if running is not None and running.replace:
+            if manifest is not None and running.over != manifest.index_sha256:
                 # That job's archive stands there; only what it replaced may still lie about.
                 left = {name for name in names if part_id_of(name)}
                 left -= {part.name for part in manifest.parts}
                 running = None
             elif not overwrite:
+                # Parts of what it replaces lie beside its own.
                 raise SettingsMismatchError(
-                    f"{shown(fs, root)}: a job that replaces the archive there has not ended: "
+                    f"{shown(fs, root)}: a job that replaces what is there has not ended: "
                     "overwrite, to go on with it"
                 )
         found: dict[str, Any] | None = None
@@ -112,7 +113,9 @@ class Destination:
                     "nor the record of a job; choose another destination, or overwrite"
                 )
         names = [name for name in names if name not in left]
-        return cls(fs, root, settings, model_id, manifest, overwrite, names, left)
+        # Where nothing stands yet there is nothing to replace, and any later run may go on.
+        replace = overwrite and (found is not None or any(map(part_id_of, names)))
+        return cls(fs, root, settings, model_id, manifest, replace, names, left)
 
     def work(
         self, objects: Iterable[SourceObject], cutter: Cutter, *, max_object_bytes: int = 1 << 30
@@ -239,7 +242,7 @@ class Destination:
         if not strays:
             return set()
         held = HeldRows(self.fs, self.root, parts)
-        return {part.name for part in strays if held.shares_keys(part)}
+        return {part.name for part in HeldRows(self.fs, self.root, strays).sharing(held)}
 
     def _present(self, listed: Mapping[str, PartInfo]) -> list[PartInfo]:
         present = set(self._names)

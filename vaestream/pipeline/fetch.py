@@ -4,21 +4,25 @@ from collections import deque
 from collections.abc import Iterator, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from urllib.parse import urlsplit
 
 from fsspec import AbstractFileSystem
 
-from vaestream.archive.retries import LISTING_SECONDS, UNKNOWN_BYTES, may_pass, retrying
+from vaestream.archive.retries import UNKNOWN_BYTES, may_pass, retrying
 from vaestream.errors import SourceError
 from vaestream.pipeline.members import MemberError, MemberReader
-from vaestream.pipeline.plan import Cell, SourceObject, Span, ZipMember
+from vaestream.pipeline.plan import SourceObject, Span
 from vaestream.text import describe
 from vaestream.urls import public_text
 
 _UNKNOWN_SIZE = 16 << 20
 _READINGS = 3
+_WITNESSES = 3
+_REMEMBERED = 64
 
-Witnesses = MutableMapping[int, SourceObject]
-"""By store, an object that could be read."""
+Witnesses = MutableMapping[tuple[int, str], SourceObject]
+"""By store and host (`_host`), an object that could be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,8 @@ def fetch_all(
     Errors: SourceError where it is the store that fails, so that no row says that it is the photo:
     when an object that could be read before no longer can; and when none has been read and those
     that are asked for next cannot be read either, for want of permission or of an answer, or since
-    none of what was listed is there. Also where this machine has no room to unpack a tar in.
+    none of what was listed is there. Of the web's many hosts one may fail: there it takes objects
+    of others. Also where this machine has no room to unpack a tar in.
     """
     waiting: deque[tuple[SourceObject, int, Future[bytes]]] = deque()
     rest = deque(objects)
@@ -71,7 +76,7 @@ def fetch_all(
                 try:
                     fetched = Fetched(item, future.result())
                     if fetched.data:
-                        readable[item.store] = item
+                        _remember(readable, item)
                 except TooLargeError as error:
                     fetched = Fetched(item, None, str(error))
                 except MemberError as error:
@@ -83,10 +88,9 @@ def fetch_all(
                     told = public_text(describe(error).replace(item.path, item.url))
                     text = f"cannot be read: {told}"
                     fetched = Fetched(item, None, text)
-                    others = [(i, f) for i, _, f in waiting if i.store == item.store]
-                    fault = _store_fault(
-                        stores[item.store], item, error, readable.get(item.store), others
-                    )
+                    others = [(i, f) for i, _, f in waiting if _tells_of(i, item)]
+                    known = [one for one in readable.values() if _tells_of(one, item)]
+                    fault = _store_fault(stores[item.store], item, error, known, others)
                     if fault is not None:
                         raise SourceError(f"{item.url}: {text}; {fault}") from error
                 yield fetched
@@ -104,17 +108,22 @@ def _store_fault(
     fs: AbstractFileSystem,
     item: SourceObject,
     error: Exception,
-    witness: SourceObject | None,
+    known: Sequence[SourceObject],
     others: Sequence[tuple[SourceObject, Future[bytes]]],
 ) -> str | None:
     """Why it must be the store that fails where one object could not be read; None where it is
-    that object alone."""
-    if witness is not None:
+    that object alone, or its host. known: what could be read before; others: what is asked for
+    next."""
+    fault: str | None = None
+    for witness in known[-_WITNESSES:]:
         try:
-            retrying(fs, lambda: fs.cat_file(witness.path, start=0, end=1))
+            retrying(fs, partial(fs.cat_file, witness.path, start=0, end=1))
         except Exception as second:  # every store has errors of its own
-            return f"nor can {witness.url} any longer: {public_text(describe(second))}"
-        return None
+            fault = f"nor can {witness.url} any longer: {public_text(describe(second))}"
+        else:
+            return None
+    if fault is not None or (_host(item) and not others):
+        return fault
     refused, gone = isinstance(error, PermissionError), _is_gone(item, error)
     if not (refused or gone or may_pass(error)):
         return None
@@ -127,6 +136,27 @@ def _store_fault(
     return (
         None if refused or gone else "and there is no other to tell whether the store is at fault"
     )
+
+
+def _remember(readable: Witnesses, item: SourceObject) -> None:
+    place = item.store, _host(item)
+    readable.pop(place, None)
+    readable[place] = item
+    if len(readable) > _REMEMBERED:
+        del readable[next(iter(readable))]
+
+
+def _host(item: SourceObject) -> str:
+    """Of the web, the host; elsewhere a store is one place, and this is empty."""
+    url = urlsplit(item.path)
+    return url.netloc if url.scheme in ("http", "https") else ""
+
+
+def _tells_of(other: SourceObject, item: SourceObject) -> bool:
+    """Whether what becomes of `other` tells whether it is the store's fault that `item` cannot be
+    read."""
+    host = _host(item)
+    return other.store == item.store and (not host or _host(other) != host)
 
 
 def _is_gone(item: SourceObject, error: BaseException) -> bool:
@@ -155,16 +185,12 @@ def _read(
         return bytes(fs.cat_file(item.path))
 
     num_bytes = UNKNOWN_BYTES if size is None else size
-    # Before the first member of a compressed tar comes all of it, whose size is not known here.
-    whole = isinstance(item.member, Span) and item.member.compressed
-    # The reader of these limits its own calls, as others may wait while it makes them.
-    limited = isinstance(item.member, ZipMember | Cell)
+    is_file = item.member is None or (isinstance(item.member, Span) and not item.member.compressed)
 
     def read_again() -> bytes:
-        if limited:
-            return read()
-        seconds = LISTING_SECONDS if whole else None
-        return retrying(fs, read, num_bytes=num_bytes, seconds=seconds)
+        # The reader of other members limits and repeats its own calls, as others may wait while it
+        # makes them.
+        return retrying(fs, read, num_bytes=num_bytes) if is_file else read()
 
     data = read_again()
     for _ in range(_READINGS):

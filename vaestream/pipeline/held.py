@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -22,7 +23,7 @@ _CHUNK = 1024
 _READ = ["key", "source_size", "source_mtime", "source_etag", "num_bytes", "error"]
 _SCHEMA = pa.schema(
     [
-        ("key", pa.string()),
+        ("key", pa.large_string()),  # together they may have more than 2 GiB
         ("source_size", pa.int64()),
         ("source_mtime", pa.timestamp("us", tz="UTC")),
         ("source_etag", pa.string()),
@@ -73,37 +74,44 @@ class HeldRows:
         size, mtime, etag, unread, part = (chunk[name][at].as_py() for name in _SCHEMA.names[1:])
         return Held(Version(size, mtime, etag), unread, self._parts[part])
 
-    def doubled(self, others: "HeldRows") -> list[PartInfo]:
-        """The parts with a key that `others` hold too, or that two of these parts hold."""
-        keys, parts = self._table["key"].combine_chunks(), self._table["part"].combine_chunks()
-        found = set(parts.filter(pc.is_in(keys, others._table["key"])).to_pylist())
-        if len(keys) > 1:
-            twice = pc.equal(keys.slice(1), keys.slice(0, len(keys) - 1))
-            found |= set(parts.slice(1).filter(twice).to_pylist())
-            found |= set(parts.slice(0, len(keys) - 1).filter(twice).to_pylist())
-        return [self._parts[number] for number in sorted(found)]
+    def sharing(self, others: "HeldRows") -> list[PartInfo]:
+        """The parts with a key that `others` hold too."""
+        shared = pc.is_in(self._table["key"], others._table["key"])
+        numbers = pc.unique(self._table["part"].filter(shared)).to_pylist()
+        return [self._parts[number] for number in sorted(numbers)]
 
-    def shares_keys(self, part: PartInfo) -> bool:
-        """Whether any row of `part` has a key that is held."""
-        keys = _read(self._fs, self._root, part, ["key"])["key"]
-        return bool(pc.any(pc.is_in(keys, self._table["key"])).as_py())
+    def surplus(self, others: "HeldRows") -> list[PartInfo]:
+        """The parts without which no key is held twice, by these or by these and `others`: of two
+        that share one, that whose name comes later."""
+        keys = self._table["key"].combine_chunks().dictionary_encode()
+        taken = pc.is_in(keys.dictionary, others._table["key"]).to_numpy(zero_copy_only=False)
+        codes, numbers = keys.indices.to_numpy(), self._table["part"].to_numpy()
+        by_part = np.argsort(numbers, kind="stable")
+        ends = np.cumsum(np.bincount(numbers, minlength=len(self._parts)))
+        codes_of = np.split(codes[by_part], ends[:-1])
+        found = []
+        for number in sorted(range(len(self._parts)), key=lambda one: self._parts[one].name):
+            if taken[codes_of[number]].any():
+                found.append(self._parts[number])
+            else:
+                taken[codes_of[number]] = True
+        return found
 
     def _read(self, number: int) -> pa.Table:
-        table = _read(self._fs, self._root, self._parts[number], _READ)
+        table = self._columns(self._parts[number])
         facts = zip(table["error"].to_pylist(), table["num_bytes"].to_pylist(), strict=True)
         unread = pa.array([is_unread(*one) for one in facts], pa.bool_())
         part = pa.array([number] * len(table), pa.int32())
         table = table.append_column("unread", unread).append_column("part", part)
         return table.select(_SCHEMA.names).cast(_SCHEMA)
 
-
-def _read(fs: AbstractFileSystem, root: str, part: PartInfo, columns: list[str]) -> pa.Table:
-    path = join(root, part.name)
-    try:
-        file = pq.ParquetFile(RangeFile(fs, path, part.size), pre_buffer=False)
-        return file.read(columns, use_threads=False)
-    except (OSError, ValueError) as error:
-        raise DamagedArchiveError(
-            f"{path}: cannot be read ({error}): verify tells more; remove the file and run again "
-            "to make it anew"
-        ) from error
+    def _columns(self, part: PartInfo) -> pa.Table:
+        path = join(self._root, part.name)
+        try:
+            file = pq.ParquetFile(RangeFile(self._fs, path, part.size), pre_buffer=False)
+            return file.read(_READ, use_threads=False)
+        except (OSError, ValueError) as error:
+            raise DamagedArchiveError(
+                f"{path}: cannot be read ({error}): verify tells more; remove the file and run "
+                "again to make it anew"
+            ) from error

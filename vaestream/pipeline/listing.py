@@ -24,6 +24,7 @@ from vaestream.pipeline.tables import is_list, is_parquet, listed_urls, parquet_
 from vaestream.pipeline.walk import (
     Info,
     listing_errors,
+    name_of,
     protocols_of,
     regular,
     shown_url,
@@ -100,9 +101,10 @@ def list_sources(
     A key is the path below the source's folder: a file's own name for a file, the path below the
     last folder without a wildcard for a glob; below a tar or zip the member's path, below Parquet
     the image's path or row-NNNNNNNNN; in a list a relative path as it is, a URL without its
-    scheme. Keys are made safe by `safe_key`. Several sources that hold more than one object put
-    their folder's name in front of their keys, and as much of its path as tells them apart; so do
-    files of one name. A name that a container has twice gets ~2 before its ending.
+    scheme and secrets, and with a digest of it where another has the same. Keys are made safe by
+    `safe_key`. Several sources that hold more than one object put their folder's name in front of
+    their keys, and as much of its path as tells them apart; so do files of one name. A name that a
+    container has twice gets ~2 before its ending.
 
     include, exclude: shell patterns, case-sensitive. One with a slash is matched against the whole
     key, one without against each name in it; `*` also matches slashes. An object is taken if any
@@ -150,6 +152,9 @@ def _objects(
                 mark = _digest(key)
                 if place in places:
                     continue
+                if mark in keys and source.kind == "list":
+                    key = _told_apart(key, item)
+                    mark = _digest(key)
                 if mark in keys:
                     raise SourceError(
                         f"{item.url} and an object before it would both be kept as {key!r}: "
@@ -161,11 +166,18 @@ def _objects(
                 listing.left_out += 1
                 continue
             count += 1
-            yield replace(item, key=key) if prefix else item
+            yield replace(item, key=key) if key != item.key else item
     if not count:
         left = listing.left_out
         what = f"{left} objects, all of them left out" if left else "no objects to compress"
         raise SourceError(f"{', '.join(shown_url(source.text) for source in sources)}: {what}")
+
+
+def _told_apart(key: str, item: SourceObject) -> str:
+    """The key of an object in a list that has another with this key: of http beside https, or with
+    secrets alone to tell them apart. What it is does not depend on the order of the list."""
+    stem, ending = os.path.splitext(key)
+    return f"{stem}~{_digest(item.path).hex()[:12]}{ending}"
 
 
 def _resolve(text: str, storage_options: Mapping[str, Any] | None) -> _Source:
@@ -173,15 +185,13 @@ def _resolve(text: str, storage_options: Mapping[str, Any] | None) -> _Source:
     with listing_errors(text):
         if protocol_of(text) in ("http", "https"):
             # A page with links passes for a folder: only the object itself is asked for.
-            info = _info(fs, path)
-            name = path.split("?")[0].split("#")[0].rstrip("/")
-            return _file(text, fs, path, name, info)
+            return _file(text, fs, path, _info(fs, path))
         if _MAGIC.search(path) and not _exists(fs, path):
             return _Source(text, fs, path, _base(path), False, "glob", {})
         info = _info(fs, path)
         if info["type"] == "directory":
             return _Source(text, fs, path, path.rstrip("/"), False, "folder", info)
-        return _file(text, fs, path, path, info)
+        return _file(text, fs, path, info)
 
 
 def _info(fs: AbstractFileSystem, path: str) -> Info:
@@ -198,8 +208,8 @@ def _exists(fs: AbstractFileSystem, path: str) -> bool:
     return True
 
 
-def _file(text: str, fs: AbstractFileSystem, path: str, name: str, info: Info) -> _Source:
-    kind = "file"
+def _file(text: str, fs: AbstractFileSystem, path: str, info: Info) -> _Source:
+    kind, name = "file", name_of(fs, path)
     if is_container(name):
         kind = "container"
     elif is_list(name):
@@ -232,10 +242,9 @@ def _items(
         elif source.kind == "glob":
             yield from _globbed(listing, source, exclude)
         else:
-            name = _last(path.split("?")[0].split("#")[0]) if _is_web(fs) else _last(path)
             checked = regular(path, source.info)
             if checked is not None:
-                yield _object(listing, fs, path, name, checked)
+                yield _object(listing, fs, path, _last(name_of(fs, path)), checked)
 
 
 def _plain(
@@ -283,7 +292,7 @@ def _members(
     state = container.etag or (container.mtime.isoformat() if container.mtime else None)
     names: dict[str, int] = {}
     url = shown_url(fs.unstrip_protocol(path))
-    for found in list_members(fs, path):
+    for found in list_members(fs, path, name_of(fs, path)):
         # What `tar c .` puts in front of each name says nothing.
         name = key = safe_key(found.name.removeprefix("./"))
         stem, ending = os.path.splitext(name)
@@ -302,7 +311,7 @@ def _listed(
 ) -> Iterator[SourceObject]:
     folder = _parent(source.path)
     shown = shown_url(source.text)
-    for url in listed_urls(source.fs, source.path, shown):
+    for url in listed_urls(source.fs, source.path, name_of(source.fs, source.path), shown):
         if "://" in url:
             fs, path = store_of(url, storage_options)
             key = public_url(url).split("://", 1)[1].lstrip("/")
@@ -381,10 +390,6 @@ def _apart(folders: Sequence[str]) -> list[str]:
 
 def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).digest()
-
-
-def _is_web(fs: AbstractFileSystem) -> bool:
-    return "http" in protocols_of(fs)
 
 
 def _barrier(

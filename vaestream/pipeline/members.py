@@ -22,17 +22,24 @@ from typing import IO, Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
 from vaestream.archive.storage import RangeFile, file_size
 from vaestream.errors import ArchiveError, SourceError
 from vaestream.pipeline.plan import Cell, Member, SourceObject, Span, ZipMember, escape, utc
-from vaestream.pipeline.tables import PARQUET_ENDING, image_cells
+from vaestream.pipeline.tables import PARQUET_ENDING, image_cells, is_parquet
 
 _TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 _ZIP_ENDING = ".zip"
 _BLOCK_BYTES = 256 << 10
 """Read ahead in a container: more than a header, less than most photos."""
 
+_LOCAL_BLOCK_BYTES = 16 << 10
+_STREAM_BYTES = 4 << 20
+"""Read ahead in one that is read from its beginning to its end."""
+
+_BATCH_BYTES = 64 << 20
+"""Of a Parquet file's pictures in memory."""
 
 _DAMAGED_ZIP = (
     zipfile.BadZipFile,
@@ -69,22 +76,22 @@ def is_container(name: str) -> bool:
     return name.lower().endswith((*_TAR_ENDINGS, _ZIP_ENDING))
 
 
-def list_members(fs: AbstractFileSystem, path: str) -> Iterator[Found]:
-    """The members of a tar, zip or Parquet file, in their order.
+def list_members(fs: AbstractFileSystem, path: str, name: str) -> Iterator[Found]:
+    """The members of a tar, zip or Parquet file, in their order; `name` tells which it is.
 
     A file that is none of these comes as itself, to be kept as it is; one that breaks off, with a
     last entry that says so. Raises what the store raises.
     """
-    name = path.lower()
-    if name.endswith(PARQUET_ENDING):
+    if is_parquet(name):
         for key, cell in image_cells(fs, path):
             yield Found(key, "", cell)
         return
-    with _open(fs, path) as file:
-        if name.endswith(_ZIP_ENDING):
-            yield from _in_zip(file, path)
+    is_stream = name.lower().endswith(_TAR_ENDINGS[1:])
+    with _as_the_store_tells(), _open(fs, path, is_stream=is_stream) as file:
+        if name.lower().endswith(_ZIP_ENDING):
+            yield from _in_zip(file, name)
         else:
-            yield from _in_tar(file, path)
+            yield from _in_tar(file, name)
 
 
 def member_url(container: str, found: Found) -> str:
@@ -155,7 +162,7 @@ class MemberReader:
         with self._lock, _as_the_store_tells():
             archive: zipfile.ZipFile | None = self._held(item, "zip")
             if archive is None:
-                archive = zipfile.ZipFile(io.BufferedReader(_ranges(fs, item), _BLOCK_BYTES))
+                archive = zipfile.ZipFile(_open(fs, item.path))
                 self._hold(item, "zip", archive)
             # By its number, as another may have the same name; but only what was listed.
             entries = archive.infolist()
@@ -174,13 +181,11 @@ class MemberReader:
 
     def _from_cell(self, fs: AbstractFileSystem, item: SourceObject, cell: Cell) -> bytes:
         with self._lock, _as_the_store_tells():
-            values: pa.ChunkedArray | None = self._held(item, cell.group)
-            if values is None:
-                file = pq.ParquetFile(_ranges(fs, item), pre_buffer=False)
-                table = file.read_row_group(cell.group, [cell.column], use_threads=False)
-                values = table.flatten().column(0) if "." in cell.column else table.column(0)
-                self._hold(item, cell.group, values)
-            data: bytes | None = values[cell.row].as_py()
+            rows: _RowGroup | None = self._held(item, cell.group)
+            if rows is None:
+                rows = _RowGroup(_open(fs, item.path), cell.group, cell.column)
+                self._hold(item, cell.group, rows)
+            data = rows.value(cell.row)
         if data is None:
             raise MemberError("there is no image in this row")
         return data
@@ -200,15 +205,50 @@ class MemberReader:
         self._open = None
 
 
-def _open(fs: AbstractFileSystem, path: str) -> IO[bytes]:
-    file: IO[bytes] = fs.open(path, "rb", block_size=_BLOCK_BYTES, cache_type="readahead")
-    return file
+class _RowGroup:
+    """The values of one column in a row group of a Parquet file, of which a few are in memory at a
+    time: a group may have more bytes than memory, or than an Arrow array can."""
+
+    _start: int
+    _values: pa.ChunkedArray
+
+    def __init__(self, file: IO[bytes], group: int, column: str) -> None:
+        self._file = pq.ParquetFile(file, pre_buffer=False, buffer_size=_STREAM_BYTES)
+        self._group, self._column = group, column
+        metadata = self._file.metadata.row_group(group)
+        self._batch_rows = max(
+            1, _BATCH_BYTES * metadata.num_rows // (metadata.total_byte_size or 1)
+        )
+        self._begin()
+
+    def value(self, row: int) -> bytes | None:
+        """The value in a row of the group; fast where the rows asked for ascend."""
+        if row < self._start:
+            self._begin()
+        while row >= self._start + len(self._values):
+            batch = next(self._batches, None)
+            if batch is None:
+                raise MemberError("is not where it was in the Parquet file")
+            self._start += len(self._values)
+            table = pa.Table.from_batches([batch])
+            self._values = (table.flatten() if "." in self._column else table).column(0)
+        data: bytes | None = self._values[row - self._start].as_py()
+        return data
+
+    def _begin(self) -> None:
+        self._batches = self._file.iter_batches(
+            self._batch_rows, row_groups=[self._group], columns=[self._column], use_threads=False
+        )
+        self._start, self._values = 0, pa.chunked_array([], pa.binary())
 
 
-def _ranges(fs: AbstractFileSystem, item: SourceObject) -> RangeFile:
-    """A container as a file whose every read is a call to the store with a limit of its own: one
-    that hangs costs the threads that wait for it no more than that."""
-    return RangeFile(fs, item.path, file_size(fs, item.path))
+def _open(fs: AbstractFileSystem, path: str, *, is_stream: bool = False) -> io.BufferedReader:
+    """A container as a file whose every read is a call to the store that is tried again by itself
+    and has a limit of its own. It fails with an ArchiveError, which the readers of tars and zips
+    don't take for damage, as they would an OSError."""
+    block = _LOCAL_BLOCK_BYTES if isinstance(fs, LocalFileSystem) else _BLOCK_BYTES
+    file = RangeFile(fs, path, file_size(fs, path))
+    return io.BufferedReader(file, _STREAM_BYTES if is_stream else block)
 
 
 @contextmanager
@@ -228,14 +268,16 @@ def _unpack(fs: AbstractFileSystem, item: SourceObject, file: IO[bytes]) -> None
 
     Errors: SourceError where this machine has no room for them, and what the store raises.
     """
-    try:
-        with _open(fs, item.path) as packed, _decompressed(packed) as stream:
-            # A little at a time: what comes before damage is good.
-            while chunk := stream.read1(_BLOCK_BYTES):
-                _append(file, chunk)
-    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # of the store, not of the tar
+    with _as_the_store_tells(), _open(fs, item.path, is_stream=True) as packed:
+        try:
+            with _decompressed(packed) as stream:
+                # A little at a time: what comes before damage is good.
+                while chunk := stream.read1(_BLOCK_BYTES):
+                    _append(file, chunk)
+        except FileNotFoundError:
+            raise
+        except (EOFError, OSError, zlib.error, lzma.LZMAError):
+            return
 
 
 def _append(file: IO[bytes], data: bytes) -> None:
@@ -259,11 +301,11 @@ def _decompressed(file: IO[bytes]) -> gzip.GzipFile | bz2.BZ2File | lzma.LZMAFil
     return gzip.open(file)
 
 
-def _in_tar(file: IO[bytes], path: str) -> Iterator[Found]:
+def _in_tar(file: IO[bytes], name: str) -> Iterator[Found]:
     try:
         tar = tarfile.open(fileobj=file, mode="r:*")  # noqa: SIM115
     except (tarfile.ReadError, EOFError, zlib.error):
-        yield Found(path.rpartition("/")[2], "", None)
+        yield Found(name.rpartition("/")[2], "", None)
         return
     compressed = tar.fileobj is not file
     places: dict[str, tuple[int, int]] = {}
@@ -305,7 +347,7 @@ def _in_tar(file: IO[bytes], path: str) -> Iterator[Found]:
             problem = None
     if problem is not None:
         told = f"the tar is damaged after {count} members, what follows is not read: {problem}"
-        yield Found(path.rpartition("/")[2], "", None, problem=told)
+        yield Found(name.rpartition("/")[2], "", None, problem=told)
 
 
 def _end(tar: tarfile.TarFile) -> str | None:
@@ -316,11 +358,11 @@ def _end(tar: tarfile.TarFile) -> str | None:
     return "bad header" if any(block) else None
 
 
-def _in_zip(file: IO[bytes], path: str) -> Iterator[Found]:
+def _in_zip(file: IO[bytes], name: str) -> Iterator[Found]:
     try:
         archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile:
-        yield Found(path.rpartition("/")[2], "", None)
+        yield Found(name.rpartition("/")[2], "", None)
         return
     with archive:
         for number, info in enumerate(archive.infolist()):

@@ -44,6 +44,7 @@ from vaestream.pipeline.members import (
 )
 from vaestream.pipeline.plan import SourceObject, Version
 from vaestream.pipeline.stores import store_of
+from vaestream.pipeline.walk import name_of
 from vaestream.urls import protocol_of
 
 REPORT = "report.html"
@@ -410,7 +411,7 @@ class _Sources:
     ) -> bytes:
         begin = time.monotonic()
         try:
-            for found in list_members(fs, path):
+            for found in list_members(fs, path, name_of(fs, path)):
                 if member_url(container, found) == url and found.size in (None, size):
                     version = Version(found.size)
                     item = SourceObject("", 0, path, url, version, found.member)

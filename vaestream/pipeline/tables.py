@@ -71,10 +71,10 @@ def image_cells(fs: AbstractFileSystem, path: str) -> Iterator[tuple[str, Cell]]
             row += 1
 
 
-def listed_urls(fs: AbstractFileSystem, path: str, shown: str) -> Iterator[str]:
-    """The URLs and paths of a list, in its order. Errors: SourceError where it has no column of
-    them."""
-    if is_parquet(path):
+def listed_urls(fs: AbstractFileSystem, path: str, name: str, shown: str) -> Iterator[str]:
+    """The URLs and paths of a list, in its order; `name` tells of which kind it is. Errors:
+    SourceError where it has no column of them."""
+    if is_parquet(name):
         file = _parquet(fs, path)
         column = _url_column(file.schema_arrow.names)
         assert column is not None
@@ -83,10 +83,10 @@ def listed_urls(fs: AbstractFileSystem, path: str, shown: str) -> Iterator[str]:
         return
     with fs.open(path, "rb") as raw:
         text = io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="")
-        if path.lower().endswith(".txt"):
+        if name.lower().endswith(".txt"):
             yield from (line for line in map(str.strip, text) if line)
             return
-        rows = csv.reader(text, delimiter="\t" if path.lower().endswith(".tsv") else ",")
+        rows = csv.reader(text, delimiter="\t" if name.lower().endswith(".tsv") else ",")
         names = next(rows, [])
         column = _url_column(names)
         if column is None:

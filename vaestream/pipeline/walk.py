@@ -1,6 +1,7 @@
 """Files below a folder, in any store that fsspec knows, in order and as they are found."""
 
 import fnmatch
+import logging
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,8 @@ from vaestream.errors import SourceError
 from vaestream.pipeline.plan import Version, escape, safe_key, utc
 from vaestream.text import describe
 from vaestream.urls import public_text, public_url
+
+_log = logging.getLogger(__name__)
 
 Info = Mapping[str, Any]
 """What an fsspec store says of a file: size, type, and times under names of its own."""
@@ -39,9 +42,11 @@ def walk(fs: AbstractFileSystem, path: str, exclude: Sequence[str]) -> Iterator[
             yield from _walk_folders(fs, path, exclude)
 
 
-def _walk_local(folder: str, exclude: Sequence[str]) -> Iterator[tuple[str, Info]]:
+def _walk_local(
+    folder: str, exclude: Sequence[str], *, is_top: bool = True
+) -> Iterator[tuple[str, Info]]:
     found: list[tuple[str, str]] = []
-    with os.scandir(folder) as entries:
+    with _of_folder(folder, is_top), os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name + "/" * entry.is_dir(follow_symlinks=False)
             found.append((safe_key(name), name))
@@ -56,7 +61,7 @@ def _walk_local(folder: str, exclude: Sequence[str]) -> Iterator[tuple[str, Info
         path = f"{folder.rstrip('/')}/{name}"
         if name.endswith("/"):
             if not _is_excluded(name[:-1], exclude):
-                yield from _walk_local(path[:-1], exclude)
+                yield from _walk_local(path[:-1], exclude, is_top=False)
             continue
         info = status_of(path)
         if info is not None:
@@ -85,9 +90,11 @@ def _page(
 
 
 def _walk_folders(
-    fs: AbstractFileSystem, folder: str, exclude: Sequence[str]
+    fs: AbstractFileSystem, folder: str, exclude: Sequence[str], *, is_top: bool = True
 ) -> Iterator[tuple[str, Info]]:
-    listed = retrying(fs, lambda: list(fs.ls(folder, detail=True)), seconds=LISTING_SECONDS)
+    listed: list[Info] = []
+    with _of_folder(fs.unstrip_protocol(folder), is_top):
+        listed = retrying(fs, lambda: list(fs.ls(folder, detail=True)), seconds=LISTING_SECONDS)
     fs.invalidate_cache(folder)  # or else it would hold all folders in the end
     found = [info for info in listed if info["name"].rstrip("/") != folder]
     is_folder = {info["name"]: info["type"] == "directory" for info in found}
@@ -95,9 +102,22 @@ def _walk_folders(
         if is_folder[info["name"]]:
             below = info["name"].rstrip("/")
             if not _is_excluded(below.rpartition("/")[2], exclude):
-                yield from _walk_folders(fs, below, exclude)
+                yield from _walk_folders(fs, below, exclude, is_top=False)
         elif info["type"] == "file":
             yield info["name"], info
+
+
+@contextmanager
+def _of_folder(url: str, is_top: bool) -> Iterator[None]:
+    """Errors in the block are told of this folder; one below the top may be gone since its name was
+    read, like a file, and then holds nothing."""
+    with listing_errors(url):
+        try:
+            yield
+        except FileNotFoundError:
+            if is_top:
+                raise
+            _log.warning("%s: is gone since the listing began", shown_url(url))
 
 
 def status_of(path: str) -> Info | None:
@@ -170,6 +190,13 @@ def listing_errors(source: str) -> Iterator[None]:
 def shown_url(url: str) -> str:
     """A URL or path as it may be told: text, without secrets."""
     return public_url(escape(url))
+
+
+def name_of(fs: AbstractFileSystem, path: str) -> str:
+    """The path as far as it names a file: a URL of the web without what follows `?` or `#`."""
+    if "http" not in protocols_of(fs):
+        return path
+    return path.split("?")[0].split("#")[0].rstrip("/")
 
 
 def protocols_of(fs: AbstractFileSystem) -> tuple[str, ...]:

@@ -107,7 +107,7 @@ class Growth(Work):
 
     def __iter__(self) -> Iterator[Shard]:
         self._held = HeldRows(self._fs, self._root, self._listed)
-        self._beside: HeldRows | None = None
+        self._beside = self._set_apart()
         for shard in self._cutter.shards(self._fresh()):
             done = self._waiting.pop(shard.part_id, None)
             if done is not None:
@@ -121,7 +121,6 @@ class Growth(Work):
                 f"{min(self._lost)!r} first: put the file back, or overwrite for an archive of the "
                 "sources alone"
             )
-        self._set_apart()
         held = len(self._held) + sum(part.num_rows for part in self._waiting.values())
         self.counts.unlisted = held - self.counts.unchanged - self.counts.changed
         for base, items in self._again.items():
@@ -157,9 +156,6 @@ class Growth(Work):
         sources have changed since those were cut."""
         if not self._waiting:
             return shard
-        if self._beside is None:
-            self._set_apart()
-            self._beside = HeldRows(self._fs, self._root, list(self._waiting.values()))
         rest = []
         for item in shard.objects:
             found = self._beside.find(item.key)
@@ -172,17 +168,17 @@ class Growth(Work):
             return shard
         return self._cutter.shard(rest) if rest else None
 
-    def _set_apart(self) -> None:
-        """Drop those of the waiting parts that share a key with what is held or with another one:
-        of jobs that were at work at the same time, over other listings."""
-        waiting = HeldRows(self._fs, self._root, list(self._waiting.values()))
-        apart: list[HeldRows] = [self._held]
-        for part in sorted(waiting.doubled(self._held), key=lambda one: one.name):
-            if any(rows.shares_keys(part) for rows in apart):
-                self.dropped.add(part.name)
-                del self._waiting[part.part_id]
-            else:
-                apart.append(HeldRows(self._fs, self._root, [part]))
+    def _set_apart(self) -> HeldRows:
+        """What stands beside the archive, without parts that share a key with it or with each
+        other: those of jobs over other listings, at the same time or one after the other."""
+        beside = HeldRows(self._fs, self._root, list(self._waiting.values()))
+        surplus = beside.surplus(self._held)
+        if not surplus:
+            return beside
+        for part in surplus:
+            self.dropped.add(part.name)
+            del self._waiting[part.part_id]
+        return HeldRows(self._fs, self._root, list(self._waiting.values()))
 
 
 def _dropped(listed: Sequence[PartInfo], loose: Sequence[PartInfo]) -> set[str]:

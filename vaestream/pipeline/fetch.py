@@ -5,7 +5,6 @@ from collections.abc import Iterator, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from urllib.parse import urlsplit
 
 from fsspec import AbstractFileSystem
 
@@ -18,7 +17,8 @@ from vaestream.urls import public_text
 
 _UNKNOWN_SIZE = 16 << 20
 _READINGS = 3
-_WITNESSES = 3
+_HOSTS = 3
+"""Of the web, how many others must fail for it to be more than a host."""
 _REMEMBERED = 64
 
 Witnesses = MutableMapping[tuple[int, str], SourceObject]
@@ -114,15 +114,18 @@ def _store_fault(
     """Why it must be the store that fails where one object could not be read; None where it is
     that object alone, or its host. known: what could be read before; others: what is asked for
     next."""
+    elsewhere = {*map(_host, known), *(_host(other) for other, _ in others)}
+    if _host(item) and len(elsewhere) < _HOSTS:
+        return None
     fault: str | None = None
-    for witness in known[-_WITNESSES:]:
+    for witness in known[-_HOSTS:]:
         try:
             retrying(fs, partial(fs.cat_file, witness.path, start=0, end=1))
         except Exception as second:  # every store has errors of its own
             fault = f"nor can {witness.url} any longer: {public_text(describe(second))}"
         else:
             return None
-    if fault is not None or (_host(item) and not others):
+    if fault is not None:
         return fault
     refused, gone = isinstance(error, PermissionError), _is_gone(item, error)
     if not (refused or gone or may_pass(error)):
@@ -148,8 +151,8 @@ def _remember(readable: Witnesses, item: SourceObject) -> None:
 
 def _host(item: SourceObject) -> str:
     """Of the web, the host; elsewhere a store is one place, and this is empty."""
-    url = urlsplit(item.path)
-    return url.netloc if url.scheme in ("http", "https") else ""
+    scheme, _, rest = item.path.partition("://")
+    return rest.partition("/")[0] if scheme in ("http", "https") else ""
 
 
 def _tells_of(other: SourceObject, item: SourceObject) -> bool:

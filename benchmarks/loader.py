@@ -54,9 +54,7 @@ ALONE, FILES = "decode alone", "DataLoader of JPEG files"
 def decode_on_request(weights: bytes, blobs: list[bytes], pipe: Connection) -> None:
     """Decode the blobs each time something comes through the pipe, and tell when it is done."""
     torch.set_num_threads(1)
-    path = Path(tempfile.mkdtemp()) / "weights.safetensors"
-    path.write_bytes(weights)
-    codec = Codec.load(path, device="cpu")
+    codec = Codec.of(weights, device="cpu")
     codec.decode(blobs[:1])
     pipe.send("ready")
     while pipe.recv():

@@ -13,7 +13,6 @@ On GPUs, read bytes and decode them in actors of their own:
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -23,7 +22,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
-from PIL import Image, ImageOps
 from ray.data.block import Block, BlockAccessor, BlockMetadata
 from ray.data.context import DataContext
 from ray.data.datasource import Datasink, Datasource, ReadTask, WriteResult
@@ -227,7 +225,8 @@ class Decode:
 
     source: an archive, whose model is taken; or None for the shipped weights. region, max_size: see
     `Codec.decode`. What is no bitstream (a kept source) is decoded by Pillow, to RGB or gray.
-    Pictures are uint8, (H, W, 3), or (H, W, 1) where they are gray.
+    Pictures are uint8, (H, W, 3), or (H, W, 1) where they are gray. Raises ArchiveError for a
+    source that gives none, else as `Codec.decode` does.
     """
 
     def __init__(
@@ -253,8 +252,7 @@ class Decode:
 
     def _picture(self, data: bytes) -> "np.ndarray[Any, Any]":
         if not data.startswith(MAGIC):
-            with Image.open(io.BytesIO(data)) as image:
-                pixels = images.to_8bit(ImageOps.exif_transpose(image))
+            pixels = images.decode_kept(data)
             return see(pixels, region=self._region, max_size=self._max_size)
         (decoded,) = self._codec.decode(
             [data], region=self._region, max_size=self._max_size, max_pixels=None

@@ -5,7 +5,6 @@ import io
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -31,8 +30,8 @@ class StandInCodec:
         self.model_id = hashlib.sha256(weights).hexdigest()
 
     @classmethod
-    def load(cls, weights: str, *, device: str = "auto") -> "StandInCodec":
-        return cls(Path(weights).read_bytes())
+    def of(cls, weights: bytes, *, device: str = "auto") -> "StandInCodec":
+        return cls(weights)
 
     def decode(self, blobs: Sequence[bytes], **_: object) -> list[np.ndarray]:
         return [np.asarray(Image.open(io.BytesIO(blob))) for blob in blobs]

@@ -17,16 +17,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from archive_samples import byte_rows, commit, photo_rows, pixels, png, row, stand_in
+from conftest import REPOSITORY
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
+from vaestream.archive import reader
 from vaestream.archive.reader import open_archive
 from vaestream.archive.storage import RangeFile
 from vaestream.archive.verify import verify
-from vaestream.errors import ArchiveError, DamagedArchiveError
+from vaestream.errors import ArchiveError, DamagedArchiveError, WeightsError
 
 __all__ = ["stand_in"]
 
+PHOTOS = REPOSITORY / "examples" / "photos"
 Reads = list[tuple[str, int]]  # path and length of each
 
 
@@ -200,6 +203,35 @@ def test_read_gives_arrays_of_bitstreams_and_sources_alike(tmp_path: Path, stand
     assert np.array_equal(got[5], np.rot90(color, -1))
 
 
+def test_sources_whose_exif_cannot_be_parsed_come_back_as_they_are(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    with Image.open(PHOTOS / "otters.jpg") as photo:
+        part = photo.crop((500, 300, 596, 372))
+    part.convert("RGBA").save(file, "PNG", exif=b"Exif\0\0garbage")
+    commit(str(tmp_path), {"a": [row("a.png", file.getvalue(), reason="alpha channel")]})
+    (found,) = open_archive(str(tmp_path)).read(["a.png"])
+    assert np.array_equal(found, np.asarray(part))
+
+
+def test_what_read_gives_may_be_written_to(tmp_path: Path, stand_in: None) -> None:
+    with Image.open(PHOTOS / "otters.jpg") as photo:
+        part = photo.crop((500, 300, 596, 372))
+    modes = sorted(("RGB", "L", "RGBA", "CMYK", "P", "1", "I;16"))
+    rows = []
+    for mode in modes:
+        file = io.BytesIO()
+        image = Image.fromarray(np.array(part.convert("L"), np.uint16) << 8)
+        (image if mode == "I;16" else part.convert(mode)).save(file, "TIFF")
+        rows.append(row(mode, file.getvalue(), reason=mode))
+    commit(str(tmp_path), {"a": rows})
+    archive = open_archive(str(tmp_path))
+    views: list[dict[str, Any]] = [{}, {"max_size": 40}, {"region": (8, 4, 30, 20)}]
+    for view in views:
+        for array in archive.read(modes, **view):
+            assert array.flags.c_contiguous
+            array += 1
+
+
 def test_rows_that_are_no_photo_say_why(tmp_path: Path, stand_in: None) -> None:
     commit(
         str(tmp_path),
@@ -274,6 +306,30 @@ def test_parts_that_take_turns_are_read_once(tmp_path: Path, reads: Reads) -> No
     assert len([path for path, _ in reads if "part-" in path]) == 24 * each
 
 
+def test_archives_with_more_parts_than_are_remembered_read_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {f"{n:02}": [row(f"{i:03}-{n:02}", b"x") for i in range(4)] for n in range(8)}
+    commit(str(tmp_path), parts)
+    expected = list(open_archive(str(tmp_path)).rows())
+    monkeypatch.setattr(reader, "_CACHED_PARTS", 3)
+    archive = open_archive(str(tmp_path))
+    assert list(archive.rows()) == expected and len(archive._parts) == 3
+
+
+def test_keys_in_several_pieces_are_found_all_the_same(tmp_path: Path) -> None:
+    """As they come where there are more than 2 GiB of them."""
+    rows = list(byte_rows(20))
+    commit(str(tmp_path), {"a": rows})
+    archive = open_archive(str(tmp_path))
+    pieces = archive._with(index=pa.concat_tables([archive.index[:7], archive.index[7:]]))
+    assert pieces.index["key"].num_chunks == 2
+    assert pieces.keys() == archive.keys()
+    assert pieces.blobs(archive.keys()) == archive.blobs(archive.keys())
+    assert pieces.positions(archive.keys()[5:9]).to_pylist() == [5, 6, 7, 8]
+    assert "nowhere" not in pieces
+
+
 def test_a_server_that_knows_no_ranges_is_told_of(tmp_path: Path) -> None:
     pytest.importorskip("aiohttp")
     rows = [row(f"{i}.bin", bytes([i]) * 1000) for i in range(5)]
@@ -329,6 +385,20 @@ def test_a_lost_index_is_made_from_the_parts(tmp_path: Path) -> None:
     (tmp_path / "index.parquet").unlink()
     archive = open_archive(str(tmp_path))
     assert archive.blobs([row.key for row in rows]) == [row.data for row in rows]
+
+
+def test_a_model_needs_no_temporary_folder_and_is_named_where_it_cannot_be_used(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(str(tmp_path / "good"), {"a": []}, model=weights.read_bytes())
+    later = weights.read_bytes().replace(b'"version":"6"', b'"version":"9"')
+    commit(str(tmp_path / "later"), {"a": []}, model=later)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    archive = open_archive(str(tmp_path / "good"), device="cpu")
+    assert archive.codec.model_id == archive.manifest.model_id
+    archive = open_archive(str(tmp_path / "later"), device="cpu")
+    with pytest.raises(WeightsError, match=rf"{archive.manifest.model_id}.*version 9"):
+        _ = archive.codec
 
 
 def test_what_is_not_there_is_named(tmp_path: Path, stand_in: None) -> None:

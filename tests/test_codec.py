@@ -18,10 +18,12 @@ from vaestream.codec import Codec, Encoded, check, read_header
 from vaestream.codec.bitstream import pack, unpack
 from vaestream.codec.codec import shipped_weights
 from vaestream.codec.config import quality_to_lambda
+from vaestream.codec.convolution import _works
 from vaestream.codec.entropy import write_varint
 from vaestream.codec.exact import ExactScaleBranch
 from vaestream.codec.hardware import multiplies_int8
 from vaestream.codec.rate_control import solve_quality
+from vaestream.codec.weights_file import export_weights, import_weights
 from vaestream.errors import BitstreamError, ModelMismatchError, VaestreamError, WeightsError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -330,6 +332,39 @@ def test_a_process_with_another_default_dtype_gets_the_same(
         assert (blob, refined) == expected[:2]
         for picture, wanted in zip(pictures, expected[2], strict=True):
             assert np.array_equal(picture, wanted)
+
+
+def test_a_codec_pickles_after_use(codec: Codec) -> None:
+    image = photo_like(90, 130)
+    used = Codec(codec.weights, codec.device, codec.dtype, window_pixels=64)
+    blobs = used.encode([image], 60)
+    other = pickle.loads(pickle.dumps(used))
+    assert (other.model_id, other.device, other.dtype) == (used.model_id, used.device, used.dtype)
+    assert other.networks._window == used.networks._window
+    assert other.encode([image], 60) == blobs
+    assert np.array_equal(other.decode(blobs)[0], used.decode(blobs)[0])
+
+
+def test_a_process_with_another_default_device_gets_the_same(codec: Codec) -> None:
+    """On "meta" tensors have no values: one that lands there by default is noticed."""
+    image = photo_like(90, 130)
+
+    def results(codec: Codec) -> tuple[list[bytes], NDArray[np.uint8]]:
+        blobs = codec.encode([image], 60)
+        return blobs, codec.decode(blobs)[0]
+
+    expected = results(codec)
+    model = import_weights(codec.weights).model
+    _works.cache_clear()
+    can_fuse = _works(torch.float32)
+    exported = load(export_weights(model))
+    _works.cache_clear()
+    with torch.device("meta"):
+        assert _works(torch.float32) == can_fuse
+        other = load(export_weights(model))
+        blobs, pixels = results(Codec.of(codec.weights, device="cpu", precision="float32"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in exported.items())
+    assert blobs == expected[0] and np.array_equal(pixels, expected[1])
 
 
 def test_a_codec_loaded_in_inference_mode_refines_too(codec: Codec, weights: Path) -> None:

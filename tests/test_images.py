@@ -20,7 +20,8 @@ from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from vaestream.containers import UNKNOWN_FORMAT, ifd
-from vaestream.images import Broken, Kept, Photo, load, save, to_image
+from vaestream.errors import ArchiveError
+from vaestream.images import Broken, Kept, Photo, decode_kept, load, save, to_image
 
 DATA = Path(__file__).parent / "data"
 PACKET = b'<x:xmpmeta><rdf:Description tiff:Orientation="%d" a="b"/></x:xmpmeta>'
@@ -163,6 +164,20 @@ def test_exif_outranks_xmp_and_both_end_upright() -> None:
     np.testing.assert_array_equal(loaded.pixels, upright(data))
     assert loaded.xmp == PACKET % 1
     assert to_image(loaded.pixels, exif=loaded.exif).getexif()[ExifTags.Base.Orientation] == 1
+
+
+def test_a_kept_source_is_upright_and_has_8_bits() -> None:
+    """Whether `load` would keep it or not."""
+    image = picture()
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    for mode, plain in (("RGB", "RGB"), ("L", "L"), ("RGBA", "RGB"), ("LA", "RGB")):
+        expected = upright(encoded(image.convert(mode).convert(plain), "PNG", exif=turned))
+        found = decode_kept(encoded(image.convert(mode), "PNG", exif=turned))
+        np.testing.assert_array_equal(found, expected)
+    for broken in (b"", b"notes", encoded(image, "PNG")[:300], encoded(image.convert("F"), "TIFF")):
+        with pytest.raises(ArchiveError, match="a kept source, which does not decode"):
+            decode_kept(broken)
 
 
 @pytest.mark.parametrize(

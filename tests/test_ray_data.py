@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 import ray.data
+from conftest import REPOSITORY
 from photos import fill, pixels, png
 from PIL import Image
 
@@ -132,6 +133,20 @@ def test_bytes_are_decoded_by_anybody(archive: vaestream.Archive) -> None:
     ).take_all()
     for row, expected in zip(rows, archive.read([row["key"] for row in rows]), strict=True):
         assert np.array_equal(row["image"], expected)
+
+
+def test_a_kept_source_is_decoded_or_refused_as_by_the_archive() -> None:
+    """EXIF that cannot be parsed costs no photo, and floating point gives no black one."""
+    photo, depth = io.BytesIO(), io.BytesIO()
+    with Image.open(REPOSITORY / "examples" / "photos" / "otters.jpg") as image:
+        part = image.crop((500, 300, 596, 372))
+    part.convert("RGBA").save(photo, "PNG", exif=b"Exif\0\0garbage")
+    part.convert("F").save(depth, "TIFF")
+    decode = Decode(device="cpu")
+    (found,) = decode({"image": np.array([photo.getvalue()], object)})["image"]
+    assert np.array_equal(found, np.asarray(part))
+    with pytest.raises(ArchiveError, match="floating point has no 8-bit levels"):
+        decode({"image": np.array([depth.getvalue()], object)})
 
 
 def test_an_archive_of_arrays_files_and_bitstreams(

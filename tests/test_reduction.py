@@ -103,6 +103,31 @@ def test_targets_are_met(shipped: Codec, smooth: NDArray[np.uint8]) -> None:
         assert target - 0.01 <= reached < target + 0.2
 
 
+def test_a_target_takes_no_more_bytes_than_the_quality_that_meets_it(shipped: Codec) -> None:
+    """At low rates, where a photo of a megapixel is coded as a smaller one."""
+    with Image.open(PHOTOS / "sunset.jpg") as image:
+        photo = np.array(image)
+    plain = shipped.compress(photo, quality=10)
+    assert read_header(plain.data).reduction is not None and plain.psnr is not None
+    found = shipped.compress(photo, target_psnr=plain.psnr)
+    assert found.psnr is not None and found.psnr >= plain.psnr
+    assert len(found.data) < 1.02 * len(plain.data)
+
+
+def test_what_one_ratio_cannot_reach_the_next_one_may(
+    codec: Codec, smooth: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a third of the size, no quality gives as much; at half of it one does."""
+    encoder, part = codec.encoder, np.ascontiguousarray(smooth[300:600, 500:900])
+    half, third = (encoder.encode(Source.of(part, r), 100, measure=True).psnr for r in (2.0, 3.0))
+    assert half is not None and third is not None and half > third + 1
+    monkeypatch.setattr(encoder, "source", lambda image, _: Source.of(image, 3.0))
+    encoded = codec.compress(part, target_psnr=third + 0.5)
+    assert encoded.psnr is not None and encoded.psnr >= third + 0.5
+    reduction = read_header(encoded.data).reduction
+    assert reduction is not None and reduction.width == 200
+
+
 def test_refinement_helps_here_too(shipped: Codec, smooth: NDArray[np.uint8]) -> None:
     plain = shipped.compress(smooth, quality=20)
     refined = shipped.compress(smooth, quality=20, effort=2)

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -19,7 +20,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from archive_samples import commit, png, row
+from conftest import REPOSITORY
 from photos import pixels
+from PIL import Image
 from test_archive_reader import CountingFileSystem
 from torch.utils.data import DataLoader
 
@@ -400,6 +403,23 @@ def test_an_epoch_goes_on_where_it_was_stopped(
         assert received == uninterrupted
 
 
+def test_a_batch_that_could_not_be_collated_comes_again(dataset: ArchiveDataset) -> None:
+    def collate(items: list[Any]) -> list[Any]:
+        if dataset.keys[4] in [item["key"] for item in items]:
+            raise RuntimeError("out of memory")
+        return items
+
+    loader = ArchiveLoader(dataset, 3, collate_fn=collate)
+    received: list[str] = []
+    with pytest.raises(RuntimeError, match="out of memory"):
+        for batch in loader:
+            received += [item["key"] for item in batch]
+    assert received
+    other = ArchiveLoader(dataset, 3)
+    other.load_state_dict(loader.state_dict())
+    assert received + flat(other) == flat(ArchiveLoader(dataset, 3))
+
+
 def test_a_state_may_be_gone_on_with_in_other_batches(dataset: ArchiveDataset) -> None:
     order = flat(ArchiveLoader(dataset, 1, shuffle=True))
     loader = ArchiveLoader(dataset, 3, shuffle=True)
@@ -547,6 +567,23 @@ def test_kept_sources_need_no_model(tmp_path: Path) -> None:
     (model,) = (tmp_path / "models").iterdir()
     model.unlink()
     assert np.array_equal(ArchiveDataset(tmp_path)[0].permute(1, 2, 0), picture)
+
+
+def test_a_kept_source_without_8_bit_levels_does_as_the_caller_says(tmp_path: Path) -> None:
+    with Image.open(REPOSITORY / "examples" / "photos" / "piazza-gray.jpg") as photo:
+        gray = photo.crop((400, 300, 496, 372))
+    file = io.BytesIO()
+    gray.convert("F").save(file, "TIFF")
+    kept = [
+        row("depth.tif", file.getvalue(), reason="floating point", width=96, height=72),
+        row("small.png", png(pixels(1)), reason="smaller than 32x32", width=96, height=72),
+    ]
+    commit(str(tmp_path), {"a": kept})
+    skipping = ArchiveDataset(str(tmp_path), columns=["key"], on_error="skip")
+    assert flat(ArchiveLoader(skipping, 4)) == ["small.png"]
+    raising = ArchiveDataset(str(tmp_path))
+    with pytest.raises(ArchiveError, match=r"depth.tif.*floating point has no 8-bit levels"):
+        list(ArchiveLoader(raising, 4))
 
 
 @pytest.mark.parametrize("region", [(0, 0, 10), (0, 0, 0, 5), (-1, 0, 5, 5), (0, 0, 1.5, 5)])

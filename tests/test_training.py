@@ -25,7 +25,7 @@ from vaestream.codec.weights_file import Weights, export_weights, import_weights
 from vaestream.errors import SourceError, WeightsError
 from vaestream.training import calibration
 from vaestream.training.coded import CodedCrops
-from vaestream.training.data import list_photos, load_photos, set_aside
+from vaestream.training.data import list_photos, load_photos, set_aside, split
 from vaestream.training.evaluate import evaluate
 from vaestream.training.growth import grown
 from vaestream.training.real_coding import RealCoding
@@ -209,6 +209,22 @@ def test_few_photos_among_many_files_are_all_learned_from(tmp_path: Path) -> Non
     out = tmp_path / "out" / "w.safetensors"
     train([tmp_path], out=out, steps=1, config=CONFIG, settings=settings, log=told.append)
     assert told[0] == "4 photos to train on, 4 set aside"
+
+
+def test_photos_are_set_aside_however_few_fit_into_memory() -> None:
+    """And each of them is validated, by its middle alone."""
+    photos = REPOSITORY / "examples" / "photos"
+    files = list_photos([photos])
+    training, middles = split(files, 2, min_side=64, size=64, max_bytes=7_000_000)
+    assert training.names == ("colosseum.jpg", "ducks-on-its-side.jpg")
+    assert [file.name for file in set_aside(files, 2, min_side=64)] == [
+        "city-at-night.jpg",
+        "otters.jpg",
+    ]
+    with Image.open(photos / "city-at-night.jpg") as image:
+        middle = np.asarray(image.crop((651, 352, 715, 416)))
+    assert middles.shape == (2, 3, 64, 64)
+    assert np.array_equal(middles[0].permute(1, 2, 0).numpy() + 128, middle)
 
 
 def test_weights_train_on(photos: Path, tmp_path: Path) -> None:

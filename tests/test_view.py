@@ -73,6 +73,16 @@ def test_a_region_must_lie_inside(codec: Codec, blob: bytes, region: Any) -> Non
         codec.decode([blob], region=region)
 
 
+@pytest.mark.parametrize("region", [(200, 100, 255, 255), (0, 127, 128, 1)])
+def test_narrow_integers_of_numpy_are_numbers_like_others(
+    codec: Codec, blob: bytes, region: tuple[int, int, int, int]
+) -> None:
+    (expected,) = codec.decode([blob], region=region, max_size=100)
+    narrow: Any = np.array(region, np.uint8)
+    (found,) = codec.decode([blob], region=narrow, max_size=np.uint8(100))  # type: ignore[arg-type]
+    assert np.array_equal(found, expected)
+
+
 @pytest.mark.parametrize("max_size", [2000, 1399, 900, 500, 233, 100, 1])
 def test_a_smaller_picture_is_the_whole_shrunk(
     codec: Codec, blob: bytes, whole: np.ndarray[Any, Any], max_size: int

@@ -59,8 +59,21 @@ from vaestream.containers import (
     inspect,
     is_foreign,
 )
+from vaestream.errors import ArchiveError
+from vaestream.text import describe
 
-__all__ = ["EMPTY_FILE", "MIN_SIDE", "Broken", "Kept", "Photo", "load", "save", "to_image"]
+__all__ = [
+    "EMPTY_FILE",
+    "MIN_SIDE",
+    "Broken",
+    "Kept",
+    "Photo",
+    "decode_kept",
+    "load",
+    "save",
+    "to_8bit",
+    "to_image",
+]
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -451,12 +464,43 @@ def _to_array(image: Image.Image) -> Pixels:
     return pixels
 
 
-def to_8bit(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """Any Pillow image as (H, W, 3) RGB or (H, W) gray uint8.
+def decode_kept(data: bytes, *, name: str = "") -> Pixels:
+    """The picture in a kept source, upright, as `to_8bit` gives it.
+
+    name: as `load` takes it, where it is known. EXIF that cannot be parsed says nothing about
+    orientation. Raises ArchiveError where the source gives no 8-bit picture.
+    """
+    try:
+        photo = load(data, name=name)
+        if isinstance(photo, Photo):
+            return photo.pixels
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            method = _UPRIGHT.get(_pillow_orientation(image))
+            return to_8bit(image if method is None else image.transpose(method))
+    except Exception as error:  # each of Pillow's formats has errors of its own
+        told = f"a kept source, which does not decode: {describe(error)}"
+        raise ArchiveError(told) from error
+
+
+def _pillow_orientation(image: Image.Image) -> int:
+    """As Pillow takes it from all the places where a format may have it; 1 for those of TIFF, whose
+    pixels it has turned already."""
+    try:
+        orientation: int = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # as its parser runs into what is wrong
+        return 1
+    return orientation
+
+
+def to_8bit(image: Image.Image) -> Pixels:
+    """A Pillow image as (H, W, 3) RGB or (H, W) gray uint8, C-contiguous.
 
     Transparency is laid over white, 16 bits lose the lower 8, other colour spaces become RGB as
-    Pillow converts them.
+    Pillow converts them. Raises ValueError for floating point, whose range nothing tells.
     """
+    if image.mode == "F":
+        raise ValueError("floating point has no 8-bit levels")
     if image.mode.startswith("I"):
         return np.asarray(np.clip(np.asarray(image), 0, 65535) >> 8, np.uint8)
     if "A" in image.getbands() or "transparency" in image.info:
@@ -464,4 +508,4 @@ def to_8bit(image: Image.Image) -> npt.NDArray[np.uint8]:
         image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
     if image.mode not in ("L", "RGB"):
         image = image.convert("L" if image.mode == "1" else "RGB")
-    return np.asarray(image, np.uint8)
+    return _to_array(image)

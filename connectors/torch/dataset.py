@@ -37,7 +37,7 @@ class ArchiveDataset(Dataset[Any]):
         (`Archive.read`): less work than a crop or a resize of the whole. A photo that does not have
         the region is a broken one.
     transform: from the image's tensor to anything; picklable where a DataLoader spawns workers.
-    on_error: what becomes of a photo that is damaged, or kept as a source that does not open.
+    on_error: what becomes of a photo that is damaged, or kept as a source without 8-bit picture.
         "raise" raises; "skip" leaves it out, so that a batch has fewer items; a function of its
         key and the error gives an image that takes its place, before `transform`.
     cache: where bytes from the store are kept on a local disk. Reading then takes whole blocks.

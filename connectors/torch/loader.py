@@ -118,10 +118,12 @@ class ArchiveLoader:
         for batch in self._packed:
             photos: list[Coded] = unpack(batch) if isinstance(batch, Packed) else batch
             items = self.dataset.items(photos)
-            # Before the caller has it, so that it counts as received in a state taken then.
+            made = self.collate_fn(items) if items else None
+            # Once it is made, so that a batch that fails comes again; and before the caller has it,
+            # so that it counts as received in a state taken then.
             self._taken += len(photos)
             if items:
-                yield self.collate_fn(items)
+                yield made
         self.sampler.set_epoch(self.epoch + 1)
         self._taken = 0
 

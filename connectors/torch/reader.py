@@ -205,7 +205,7 @@ class PhotoReader:
             pixels = self.archive.source_pixels(key, blob, **view)
         except ValueError as error:
             raise ArchiveError(f"{key}: {error}") from error
-        return torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
+        return torch.from_numpy(pixels)
 
 
 def _select(archive: Archive, keys: Sequence[str] | None) -> pa.Table:

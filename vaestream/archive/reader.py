@@ -3,7 +3,6 @@
 import hashlib
 import io
 import os
-import tempfile
 import threading
 from bisect import bisect_left
 from collections import OrderedDict
@@ -20,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.utils import merge_offset_ranges
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 
 from vaestream import images
 from vaestream.archive.index import index_of, load_index
@@ -38,7 +37,7 @@ from vaestream.archive.storage import (
     store_errors,
 )
 from vaestream.archive.writer import model_path
-from vaestream.errors import ArchiveError, DamagedArchiveError, VaestreamError
+from vaestream.errors import ArchiveError, DamagedArchiveError, VaestreamError, WeightsError
 from vaestream.urls import absolute, public_url
 
 if TYPE_CHECKING:
@@ -51,6 +50,8 @@ _BLOCK_BYTES = 32 << 20
 """Where merged ranges are split, so that a store can serve them side by side."""
 _CACHED_ROWS = 1 << 16
 """Rows whose small columns stay in memory: in the order of keys, parts may take turns."""
+_CACHED_PARTS = 1 << 10
+"""Parts whose footers do, some 64 KB each."""
 _CACHED_TABLES = 4
 _PAYLOADS = ("exif", "xmp", "icc")
 
@@ -118,11 +119,12 @@ class Archive:
 
     def _reset(self) -> None:
         keys = self.index["key"]
-        # `combine_chunks` copies even what is in one.
-        self._keys = keys.chunk(0) if keys.num_chunks == 1 else keys.combine_chunks()
+        # `combine_chunks` copies even what is in one; what is in several may have 2 GiB and more.
+        large = pa.large_string()
+        self._keys = keys.chunk(0) if keys.num_chunks == 1 else keys.cast(large).combine_chunks()
         self._lock = threading.RLock()
         self._codec: Codec | None = None
-        self._parts: dict[str, _Part] = {}
+        self._parts: OrderedDict[str, _Part] = OrderedDict()
         self._groups: OrderedDict[tuple[str, int], list[RowInfo]] = OrderedDict()
         self._tables: OrderedDict[tuple[str, int, str], pa.ChunkedArray] = OrderedDict()
 
@@ -195,7 +197,7 @@ class Archive:
         if keys is None:
             photos = pc.and_(self.index["error"].is_null(), self.index["width"].is_valid())
             return pc.indices_nonzero(photos).cast(pa.int64())
-        wanted = pa.array(keys, pa.string())
+        wanted = pa.array(keys, self._keys.type)
         places = pc.index_in(wanted, self._keys)
         if places.null_count:
             unknown = wanted[places.is_null().index(True).as_py()].as_py()
@@ -282,8 +284,9 @@ class Archive:
         cost what they give, not what the photos would cost whole.
 
         Kept sources, which are decoded whole, give 8 bits too: transparency is laid over white, 16
-        bits lose the lower 8, other colour spaces become RGB as Pillow converts them. Raises
-        ValueError where a photo does not have the region, else as `archive[key]` does.
+        bits lose the lower 8, other colour spaces become RGB as Pillow converts them; floating
+        point, whose range nothing tells, is refused as what Pillow cannot open. Raises ValueError
+        where a photo does not have the region, else as `archive[key]` does.
         """
         places = [self._at(key) for key in keys]
         for at in places:
@@ -310,8 +313,8 @@ class Archive:
     ) -> npt.NDArray[np.uint8]:
         """What `read` gives for a row that keeps its source, from the bytes that `blob` gives.
 
-        Raises ArchiveError when there is no such key, or Pillow cannot open the source, ValueError
-        when the picture does not have the region.
+        Raises ArchiveError when there is no such key, or the source gives no 8-bit picture,
+        ValueError when the picture does not have the region.
         """
         return self._source_pixels(self._at(key), data, region, max_size)
 
@@ -320,7 +323,7 @@ class Archive:
         """The codec with the model inside the archive, loaded on first use.
 
         Raises ArchiveError when the archive has no model, DamagedArchiveError when the model is
-        not the one that was written.
+        not the one that was written, WeightsError when this version cannot use it.
         """
         self._check_process()
         with self._lock:
@@ -458,24 +461,27 @@ class Archive:
         return part in self._parts and self._parts[part].places is not None
 
     def _part(self, name: str) -> _Part:
-        """The part's footer, compared with the manifest's; read once."""
-        with self._lock:
-            if name not in self._parts:
-                path = join(self._root, name)
-                try:
-                    footer = read_footer(self._fs, path, file_size(self._fs, path), name)
-                except FileNotFoundError as error:
-                    raise self._missing(path) from error
-                info = self._infos[name]
-                size = footer.offset + len(footer.data)
-                places = None
-                if footer.sha256 != info.footer_sha256:
-                    if size == info.size:
-                        told = f"{shown(self._fs, path)}: footer: its SHA-256 does not fit"
-                        raise DamagedArchiveError(told)
-                    places = self._places(name, footer)
-                self._parts[name] = _Part(footer, places)
-            return self._parts[name]
+        """The part's footer, compared with the manifest's."""
+
+        def described() -> _Part:
+            path = join(self._root, name)
+            try:
+                footer = read_footer(self._fs, path, file_size(self._fs, path), name)
+            except FileNotFoundError as error:
+                raise self._missing(path) from error
+            info = self._infos[name]
+            if footer.sha256 == info.footer_sha256:
+                return _Part(footer, None)
+            if footer.offset + len(footer.data) == info.size:
+                told = f"{shown(self._fs, path)}: footer: its SHA-256 does not fit"
+                raise DamagedArchiveError(told)
+            return _Part(footer, self._places(name, footer))
+
+        def full() -> bool:
+            return len(self._parts) > _CACHED_PARTS
+
+        part: _Part = self._cached(self._parts, name, described, full)
+        return part
 
     def _missing(self, path: str) -> DamagedArchiveError:
         return DamagedArchiveError(f"{shown(self._fs, path)}: the part is missing")
@@ -587,10 +593,7 @@ class Archive:
             image = Image.open(io.BytesIO(data))
             image.load()
         except Exception as error:  # each of Pillow's formats has errors of its own
-            key, why = self._entry("key", at), str(error)
-            with suppress(VaestreamError):
-                why = self._info(at).reason or why
-            raise ArchiveError(f"{key}: kept as its source, which does not open: {why}") from error
+            raise self._undecoded(at, error) from error
         return image
 
     def _source_pixels(
@@ -598,12 +601,18 @@ class Archive:
     ) -> npt.NDArray[np.uint8]:
         from vaestream.codec.view import see
 
-        photo = images.load(data, name=self._entry("key", at))
-        if isinstance(photo, images.Photo):
-            pixels = photo.pixels
-        else:
-            pixels = images.to_8bit(ImageOps.exif_transpose(self._open_source(at, data)))
+        try:
+            pixels = images.decode_kept(data, name=self._entry("key", at))
+        except ArchiveError as error:
+            raise self._undecoded(at, error.__cause__ or error) from error
         return see(pixels, region=region, max_size=max_size)
+
+    def _undecoded(self, at: int, error: BaseException) -> ArchiveError:
+        key, why = self._entry("key", at), str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # which says no more than that
+            with suppress(VaestreamError):
+                why = self._info(at).reason or why
+        return ArchiveError(f"{key}: kept as its source, which does not decode: {why}")
 
 
 def open_archive(
@@ -632,7 +641,8 @@ def load_codec(
 ) -> "Codec":
     """The codec with a model that lies in folder `root`.
 
-    Raises DamagedArchiveError when it is not there, or not the one that was written.
+    Raises DamagedArchiveError when it is not there, or not the one that was written, WeightsError
+    when this version cannot use it.
     """
     from vaestream.codec import Codec
 
@@ -643,10 +653,10 @@ def load_codec(
         raise DamagedArchiveError(f"{shown(fs, path)}: the model is missing") from error
     if hashlib.sha256(data).hexdigest() != model_id:
         raise DamagedArchiveError(f"{shown(fs, path)}: model: its SHA-256 is not its name")
-    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
-        file.write(data)
-        file.flush()
-        return Codec.load(file.name, device=device)
+    try:
+        return Codec.of(data, device=device)
+    except WeightsError as error:
+        raise WeightsError(f"{shown(fs, path)}: {error}") from error
 
 
 def _payloads_fit(extra: Payloads, row: dict[str, Any]) -> bool:

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from numbers import Integral
 from typing import Any
@@ -75,7 +76,7 @@ class Codec:
         *,
         window_pixels: int = _WINDOW_PIXELS,
     ) -> None:
-        """weights: a weights file. Most callers want `Codec.load`.
+        """weights: a weights file. Most callers want `Codec.load` or `Codec.of`.
 
         window_pixels: side of the largest square that goes through the networks at once; memory
         grows with its area.
@@ -85,6 +86,7 @@ class Codec:
             loaded = import_weights(weights)
             window = max(1, window_pixels // 16)
             self.networks = Networks(loaded, device, dtype, window=window)
+        self._window_pixels = window_pixels
         self.weights = weights
         self.model_id = loaded.id
         self.device = device
@@ -110,6 +112,19 @@ class Codec:
         Raises WeightsError naming the file if it is missing or cannot be used, ValueError on an
         unknown device or precision.
         """
+        data = shipped_weights() if weights is None else _fetch(weights, storage_options)
+        try:
+            return cls.of(data, device=device, precision=precision)
+        except WeightsError as error:
+            name = "shipped weights" if weights is None else public_url(os.fspath(weights))
+            raise WeightsError(f"{name}: {error}") from error
+
+    @classmethod
+    def of(cls, weights: bytes, *, device: str = "auto", precision: str = "auto") -> "Codec":
+        """With a weights file at hand; device and precision as `load` takes them.
+
+        Raises WeightsError if it cannot be used, ValueError on an unknown device or precision.
+        """
         try:
             torch_device = device_of(device)
             torch.empty(0, device=torch_device)
@@ -118,12 +133,12 @@ class Codec:
         if precision != "auto" and precision not in _DTYPES:
             raise ValueError(f"precision {precision!r}: one of auto, {', '.join(_DTYPES)}")
         dtype = best_dtype(torch_device) if precision == "auto" else _DTYPES[precision]
-        data = shipped_weights() if weights is None else _fetch(weights, storage_options)
-        try:
-            return cls(data, torch_device, dtype)
-        except WeightsError as error:
-            name = "shipped weights" if weights is None else public_url(os.fspath(weights))
-            raise WeightsError(f"{name}: {error}") from error
+        return cls(weights, torch_device, dtype)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as what it was made of: the coder's tables are of a library that pickles none."""
+        make = partial(type(self), window_pixels=self._window_pixels)
+        return make, (self.weights, self.device, self.dtype)
 
     def encode(self, images: Sequence[NDArray[np.uint8]], quality: float = 50.0) -> list[bytes]:
         """Encode pictures, (H, W, 3) RGB or (H, W) gray uint8, each to a bitstream of its own.

@@ -66,8 +66,10 @@ def _works(dtype: torch.dtype) -> bool:
     # Not initialised, because that would draw from the caller's random numbers.
     layer = nn.utils.skip_init(nn.Conv2d, 16, 16, 3, padding=1).to(dtype)  # type: ignore[no-untyped-call]
     for parameter in layer.parameters():
-        parameter.copy_(torch.linspace(-0.1, 0.1, parameter.numel()).view_as(parameter))
-    x = torch.linspace(-1, 1, 16 * 9 * 9).view(1, 9, 9, 16).permute(0, 3, 1, 2).to(dtype)
+        values = torch.linspace(-0.1, 0.1, parameter.numel(), device="cpu")
+        parameter.copy_(values.view_as(parameter))
+    x = torch.linspace(-1, 1, 16 * 9 * 9, device="cpu")
+    x = x.view(1, 9, 9, 16).permute(0, 3, 1, 2).to(dtype)
     try:
         plain = layer(x)
         return all(

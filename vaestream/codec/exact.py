@@ -281,7 +281,7 @@ def _neighbours(around: Tensor, height: int, width: int, stride: int) -> Tensor:
 
 def _test_pattern(channels: int, height: int, width: int) -> Tensor:
     """(height, width, channels) int32 over [-255, 255], mostly small, the same everywhere."""
-    n = torch.arange(channels * height * width, dtype=torch.int64)
+    n = torch.arange(channels * height * width, dtype=torch.int64, device="cpu")
     noise = (n * 2654435761 + 12345) % 4294967296 >> 8
     wide = noise % (2 * Z_LIMIT + 1) - Z_LIMIT
     small = noise % 9 - 4

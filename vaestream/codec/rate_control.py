@@ -1,17 +1,19 @@
 """Which quality meets a target: bits per pixel, or PSNR."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .encoder import Encoded, Encoder, squared_error
-from .reduction import Source
+from .reduction import Source, next_ratio
 
 _SEARCH_QUALITY = 50.0
 _RATE_TOLERANCE = 0.02
+_RATE_SLOPE = 0.04
 _PSNR_TOLERANCE = 0.05
+_PSNR_SLOPE = 0.12
 _EVALUATIONS = 8
 
 
@@ -40,29 +42,25 @@ def encode_to_rate(
             low,
             high,
             guess=guess,
-            slope=0.04,
+            slope=_RATE_SLOPE,
         )
 
     def settle(source: Source, guess: float) -> Encoded:
-        tried: dict[float, Encoded] = {}
+        tried: list[Encoded] = []
 
         def of_whole(q: float) -> float:
             # Measured at once: the first try mostly stands, and a second encoding costs more.
-            tried[q] = encoder.encode(source, q, measure=measure, effort=effort)
-            return rate(tried[q])
+            tried.append(encoder.encode(source, q, measure=measure, effort=effort))
+            return rate(tried[-1])
 
-        solve_quality(of_whole, low, high, guess=guess, slope=0.04)
-        within = [e for e in tried.values() if rate(e) <= high]
-        return max(within, key=rate) if within else min(tried.values(), key=rate)
+        guess = guess if source.ratio == 1 else search(source, guess)
+        solve_quality(of_whole, low, high, guess=guess, slope=_RATE_SLOPE)
+        within = [e for e in tried if rate(e) <= high]
+        return max(within, key=rate) if within else min(tried, key=rate)
 
-    whole = Source.of(image)
-    quality = search(whole, _SEARCH_QUALITY)
-    reduced = encoder.source(image, quality)
-    if reduced.ratio > 1:
-        found = settle(reduced, search(reduced, quality))
-        if rate(found) >= low:
-            return found  # else the model's range ends below: the whole reaches farther
-    return settle(whole, quality)
+    quality = search(Source.of(image), _SEARCH_QUALITY)
+    found = _at_sizes(encoder, image, quality, settle, lambda e: rate(e) >= low)
+    return next((e for e in found[::-1] if low <= rate(e) <= high), found[-1])
 
 
 def encode_to_psnr(
@@ -70,8 +68,31 @@ def encode_to_psnr(
 ) -> Encoded:
     """The smallest that reaches a target in dB, where the model's range allows.
 
-    Searches on sample patches; then settles on the whole picture.
+    Searches on sample patches, or on a picture that is no larger; then settles on the picture.
     """
+    high = psnr + _PSNR_TOLERANCE
+    settled: dict[float, Encoded] = {}  # by how many times smaller the picture is
+
+    def measured(encoded: Encoded) -> float:
+        assert encoded.psnr is not None
+        return encoded.psnr
+
+    def smallest(found: Iterable[Encoded]) -> Encoded:
+        """Of those that reach the target; else the one that comes closest."""
+        return min(found, key=lambda e: (-min(measured(e), psnr), len(e.data)))
+
+    def settle(source: Source, guess: float) -> Encoded:
+        tried: list[Encoded] = []
+
+        def of_whole(q: float) -> float:
+            tried.append(encoder.encode(source, q, measure=True, effort=effort))
+            return measured(tried[-1])
+
+        if source.ratio not in settled:
+            solve_quality(of_whole, psnr, high, guess=guess, slope=_PSNR_SLOPE)
+            settled[source.ratio] = smallest(tried)
+        return settled[source.ratio]
+
     patches = [Source.of(p) for p in sample_patches(image, side=512, count=3)]
 
     def of_patches(q: float) -> float:
@@ -79,35 +100,39 @@ def encode_to_psnr(
         error /= sum(p.image.shape[0] * p.image.shape[1] for p in patches)
         return 10 * math.log10(255**2 / error) if error else math.inf
 
-    def settle(source: Source) -> list[Encoded]:
-        tried: dict[float, Encoded] = {}
+    if len(patches) > 1 or effort:
+        guess = solve_quality(of_patches, psnr, high, guess=_SEARCH_QUALITY, slope=_PSNR_SLOPE)
+    else:
+        guess = settle(patches[0], _SEARCH_QUALITY).quality
+    _at_sizes(encoder, image, guess, settle, lambda e: measured(e) >= psnr)
+    return smallest(settled.values())
 
-        def of_whole(q: float) -> float:
-            tried[q] = encoder.encode(source, q, measure=True, effort=effort)
-            value = tried[q].psnr
-            assert value is not None
-            return value
 
-        solve_quality(of_whole, psnr, high, guess=guess, slope=0.12)
-        return list(tried.values())
+def _at_sizes(
+    encoder: Encoder,
+    image: NDArray[np.uint8],
+    quality: float,
+    settle: Callable[[Source, float], Encoded],
+    reaches: Callable[[Encoded], bool],
+) -> list[Encoded]:
+    """What `settle` makes of a picture at the sizes at which it may be best coded.
 
-    high = psnr + _PSNR_TOLERANCE
-    guess = _SEARCH_QUALITY
-    if len(patches) > 1:
-        guess = solve_quality(of_patches, psnr, high, guess=guess, slope=0.12)
-    tried: list[Encoded] = []
-    reduced = encoder.source(image, guess)
-    if reduced.ratio > 1:
-        tried = settle(reduced)
-
-    def reached() -> list[Encoded]:
-        return [e for e in tried if e.psnr is not None and e.psnr >= psnr]
-
-    if not reached():
-        tried = settle(Source.of(image))
-    if found := reached():
-        return min(found, key=lambda e: len(e.data))
-    return max(tried, key=lambda e: e.psnr or 0.0)
+    quality: at which the picture itself meets the target. A smaller one does so at a higher
+    quality, for which it may be too small, or not at all: then a larger one comes next.
+    """
+    source = encoder.source(image, quality)
+    found = [settle(source, quality)]
+    while source.ratio > 1:
+        if reaches(found[-1]):
+            quality = found[-1].quality
+            better = encoder.source(image, quality)
+            if better.ratio >= source.ratio:
+                break
+            source = better
+        else:
+            source = Source.of(image, next_ratio(source.ratio))
+        found.append(settle(source, quality))
+    return found
 
 
 def solve_quality(
@@ -122,7 +147,7 @@ def solve_quality(
 
     slope: first guess of what a quality unit adds. Newton steps whose slope is learned on the
     way, kept inside the bracket seen so far. Ends at 0 or 100 where the range is not reached,
-    and after 8 calls at the last quality tried.
+    and after 8 calls at the quality that would come next.
     """
     goal = 0.5 * (low + high)
     below, above = 0.0, 100.0

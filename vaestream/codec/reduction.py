@@ -43,6 +43,11 @@ def reduced_size(width: int, height: int, ratio: float) -> tuple[int, int]:
     return math.ceil(width / ratio), math.ceil(height / ratio)
 
 
+def next_ratio(ratio: float) -> float:
+    """The ratio of the next larger picture."""
+    return max((rung for rung, _ in _RUNGS if rung < ratio), default=1.0)
+
+
 def resize(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
     """(H, W, 3) or (H, W) to another size, with Lanczos."""
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))

@@ -1,6 +1,5 @@
 """From latents to the pixels of a view."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,8 +32,7 @@ def render(networks: Networks, y_hat: Tensor, header: Header, view: View) -> Ten
         pixels = _to_gray(pixels)
     if view.is_crop:
         return pixels[view.place(top, left)].contiguous()
-    shown = view.show(pixels.cpu().numpy(), top, left)
-    return torch.from_numpy(np.require(shown, requirements="W")).to(networks.device)
+    return torch.from_numpy(view.show(pixels.cpu().numpy(), top, left)).to(networks.device)
 
 
 def _to_gray(pixels: Tensor) -> Tensor:

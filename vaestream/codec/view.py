@@ -57,7 +57,8 @@ class View:
         region that does not lie inside the picture, or a size below 1.
         """
         check_view(region, max_size)
-        x, y, w, h = region or (0, 0, width, height)
+        # Plain integers: NumPy's narrow ones wrap.
+        x, y, w, h = (0, 0, width, height) if region is None else map(int, region)
         if x + w > width or y + h > height:
             raise ValueError(
                 f"region {(x, y, w, h)} (left, top, width, height) does not lie inside a picture "
@@ -67,7 +68,7 @@ class View:
         scale = coded_width / width, coded_height / height
         if max_size is None or max(w, h) <= max_size:
             return cls((x, y, w, h), (w, h), 1, scale)
-        factor = max(w, h) / max_size
+        factor = max(w, h) / int(max_size)
         left = factor * min(scale) / _MARGIN
         shrink = next((s for s in _SHRINKS if synthesis and s <= left), 1)
         size = max(1, round(w / factor)), max(1, round(h / factor))
@@ -153,7 +154,7 @@ def _resized(
     lanczos = Image.Resampling.LANCZOS
     image = image.resize((size[0], image.height), lanczos, (left, 0, right, image.height))
     image = image.resize(size, lanczos, (0, top, size[0], bottom))
-    return np.asarray(image)
+    return np.array(image)  # a copy, which may be written to
 
 
 def check_view(region: Region | None, max_size: int | None) -> None:

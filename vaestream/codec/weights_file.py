@@ -8,7 +8,7 @@ in the integers it computes with.
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -134,8 +134,9 @@ def import_weights(data: bytes) -> Weights:
     """Read a weights file. Raises WeightsError if it is not one, or not one of this version."""
     tensors, metadata = _parse(data)
     try:
-        # In float32, whatever the process has for its default.
-        model = Hyperprior(ModelConfig(**json.loads(metadata["config"]))).float()
+        # On the CPU in float32, whatever the process has for its defaults.
+        with torch.device("cpu"):
+            model = Hyperprior(ModelConfig(**json.loads(metadata["config"]))).float()
         y_tables = _unpack_tables("tables.y", tensors)
         z_flat = _unpack_tables("tables.z", tensors)
         for name in filter(_is_integer, tensors):
@@ -223,7 +224,7 @@ def _z_tables(model: Hyperprior) -> list[list[Table]]:
     tables = []
     with torch.no_grad():
         for node_quality in Z_QUALITIES:
-            quality = torch.tensor([node_quality])
+            quality = torch.tensor([node_quality], device="cpu")
             center = model.z_prior.center(quality).double().flatten().numpy()
             scale = model.z_prior.log_scale(quality).double().exp().flatten().numpy()
             row = []
@@ -244,10 +245,14 @@ def _counts(mass: NDArray[np.float64]) -> NDArray[np.int32]:
     return counts.astype(np.int32)
 
 
+def _integers(values: Iterable[int]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int32, device="cpu")
+
+
 def _pack_tables(name: str, tables: list[Table]) -> dict[str, Tensor]:
     return {
-        f"{name}.low": torch.tensor([t.low for t in tables], dtype=torch.int32),
-        f"{name}.size": torch.tensor([len(t.counts) for t in tables], dtype=torch.int32),
+        f"{name}.low": _integers(t.low for t in tables),
+        f"{name}.size": _integers(len(t.counts) for t in tables),
         f"{name}.counts": torch.from_numpy(np.concatenate([t.counts for t in tables])),
     }
 

@@ -51,14 +51,6 @@ class PhotoSet:
             batch[i] = crop[:, ::-1] if rng.random() < 0.5 else crop
         return torch.from_numpy(batch).permute(0, 3, 1, 2).float() - 128
 
-    def centers(self, size: int) -> Tensor:
-        """(len, 3, size, size) float32 pixels minus 128: the middle of every photo."""
-        middle = [
-            p[(p.shape[0] - size) // 2 :, (p.shape[1] - size) // 2 :][:size, :size]
-            for p in self.photos
-        ]
-        return torch.from_numpy(np.stack(middle)).permute(0, 3, 1, 2).float() - 128
-
 
 def stratified(count: int, limit: float, rng: np.random.Generator) -> NDArray[np.float64]:
     """Random numbers of [0, limit) that rise and span it: one of each of `count` equal parts."""
@@ -82,6 +74,33 @@ def _is_hidden(file: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
+def split(
+    files: Sequence[Path], count: int, *, min_side: int, size: int, max_bytes: int
+) -> tuple[PhotoSet, Tensor]:
+    """Photos to train on, of at least `min_side` and up to `max_bytes`, and the middle of each of
+    `count` photos that are set aside: (count, 3, size, size) float32 pixels minus 128.
+
+    With fewer than three files to train on for each that would be set aside, all are both. Raises
+    SourceError when there are none.
+    """
+    held = set_aside(files, count, min_side=size)
+    aside = frozenset(held)
+    rest = [file for file in files if file not in aside]
+    # Not those that fit into memory: large photos are few there, and still many files.
+    there = (file for file in rest if _pixels(file, min_side) is not None)
+    if len(list(islice(there, 3 * count))) < 3 * count:
+        held = rest = list(files)
+    training = load_photos(rest, min_side=min_side, max_bytes=max_bytes)
+    middle = [_middle(p, size) for p in (_pixels(f, size) for f in held) if p is not None]
+    return training, torch.from_numpy(np.stack(middle)).permute(0, 3, 1, 2).float() - 128
+
+
+def _middle(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """A copy, so that the photo itself need not stay in memory."""
+    top, left = ((side - size) // 2 for side in pixels.shape[:2])
+    return pixels[top : top + size, left : left + size].copy()
+
+
 def set_aside(files: Sequence[Path], count: int, *, min_side: int) -> list[Path]:
     """The first photo in each part of `files`, a part one in `count` of them, up to `count`."""
     size = max(1, len(files) // count)
@@ -95,14 +114,6 @@ def load_photos(files: Iterable[Path], *, min_side: int, max_bytes: int) -> Phot
 
     Raises SourceError when none is there.
     """
-    found = photos_among(files, min_side=min_side, max_bytes=max_bytes)
-    if not found.photos:
-        raise SourceError(f"no photo of at least {min_side} pixels a side")
-    return found
-
-
-def photos_among(files: Iterable[Path], *, min_side: int, max_bytes: int) -> PhotoSet:
-    """As `load_photos`, but there may be none."""
     photos, names, total = [], [], 0
     for file in files:
         pixels = _pixels(file, min_side)
@@ -113,6 +124,8 @@ def photos_among(files: Iterable[Path], *, min_side: int, max_bytes: int) -> Pho
             break
         photos.append(pixels)
         names.append(file.name)
+    if not photos:
+        raise SourceError(f"no photo of at least {min_side} pixels a side")
     return PhotoSet(tuple(photos), tuple(names))
 
 

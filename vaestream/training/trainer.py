@@ -23,7 +23,7 @@ from vaestream.errors import WeightsError
 
 from .calibration import calibrated_weights
 from .coded import CodedCrops
-from .data import PhotoSet, list_photos, load_photos, photos_among, set_aside, stratified
+from .data import PhotoSet, list_photos, split, stratified
 from .growth import grown
 from .objective import rate_distortion
 from .real_coding import RealCoding
@@ -141,18 +141,14 @@ def train(
         run.restore(checkpoint, torch_device)
         log(f"continuing {checkpoint} at step {run.step}")
 
-    files = list_photos(photos)
-    training_side = (2 if settings.coded else 1) * settings.crop
-    training_bytes = int(settings.max_gigabytes * 1e9)
-    held = set_aside(files, settings.validation_photos, min_side=settings.crop)
-    aside = frozenset(held)
-    rest = [file for file in files if file not in aside]
-    training = photos_among(rest, min_side=training_side, max_bytes=training_bytes)
-    if len(training.photos) < 3 * settings.validation_photos:  # too few to set any aside
-        held = files
-        training = load_photos(files, min_side=training_side, max_bytes=training_bytes)
-    validation = load_photos(held, min_side=settings.crop, max_bytes=1 << 30)
-    log(f"{len(training.photos)} photos to train on, {len(validation.photos)} set aside")
+    training, validation = split(
+        list_photos(photos),
+        settings.validation_photos,
+        min_side=(2 if settings.coded else 1) * settings.crop,
+        size=settings.crop,
+        max_bytes=int(settings.max_gigabytes * 1e9),
+    )
+    log(f"{len(training.photos)} photos to train on, {len(validation)} set aside")
     coded: CodedCrops | None = None
     if settings.coded:
         coded = CodedCrops.of(
@@ -367,14 +363,13 @@ def _autocast(device: torch.device) -> torch.autocast:
 
 
 @torch.no_grad()
-def _validate(photos: PhotoSet, run: _Run, device: torch.device) -> dict[str, Any]:
-    """Estimated bits per pixel and PSNR (dB) of the photos set aside, at fixed qualities."""
-    x_all = photos.centers(run.settings.crop)
+def _validate(crops: Tensor, run: _Run, device: torch.device) -> dict[str, Any]:
+    """Estimated bits per pixel and PSNR (dB) of what is set aside, at fixed qualities."""
     curve = []
     for quality in _VALIDATION_QUALITIES:
         torch.manual_seed(0)  # the same noise every time, so that curves compare
         bpp, psnr = [], []
-        for x in torch.split(x_all, 8):
+        for x in torch.split(crops, 8):
             x = x.to(device, memory_format=torch.channels_last)
             q = torch.full((len(x),), quality, device=device)
             cost = rate_distortion(run.forward(x, q), x, q)

@@ -190,20 +190,12 @@ class Compressor:
         return images.load(data, name=item.key, max_pixels=self._settings.max_pixels)
 
     def _row(self, item: SourceObject, data: bytes, loaded: _Loaded) -> Row:
-        if isinstance(loaded, images.Broken):
+        if not isinstance(loaded, images.Photo):
             return kept(
                 item,
                 data,
-                error=loaded.error,
-                source_format=loaded.format,
-                width=loaded.width,
-                height=loaded.height,
-            )
-        if isinstance(loaded, images.Kept):
-            return kept(
-                item,
-                data,
-                reason=loaded.reason,
+                error=loaded.error if isinstance(loaded, images.Broken) else None,
+                reason=loaded.reason if isinstance(loaded, images.Kept) else None,
                 source_format=loaded.format,
                 width=loaded.width,
                 height=loaded.height,

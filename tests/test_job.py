@@ -368,7 +368,7 @@ def test_a_replacement_that_was_interrupted_goes_on_if_asked_to_alone(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Destination, "commit", interrupt)
         run_here(new, archive, overwrite=True)
-    with pytest.raises(SettingsMismatchError, match="replaces the archive"):
+    with pytest.raises(SettingsMismatchError, match="replaces what is there"):
         run_here(new, archive)
     assert list(vaestream.open(str(archive))) == ["a.png", "b.png"]
     run_here(new, archive, overwrite=True)

@@ -30,7 +30,7 @@ def test_results_are_those_of_the_steps(
     x = picture(memory_format)
     before = x.clone()
     with torch.no_grad(), torch.backends.mkldnn.flags(enabled=onednn):
-        relu, plus = convolve_relu(x, layer), convolve_add(x, layer, x)
+        relu, plus = convolve_relu(x, layer), convolve_add(x, layer, x.clone())
         plain = layer(x)
     torch.testing.assert_close(relu, F.relu(plain), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(plus, plain + x, rtol=1e-4, atol=1e-5)
@@ -40,9 +40,9 @@ def test_results_are_those_of_the_steps(
 def test_a_part_of_a_picture_is_convolved_as_its_copy(layer: nn.Conv2d) -> None:
     part = picture(torch.channels_last)[:, :, 2:-3, 1:-1]
     with torch.no_grad():
-        found = convolve_relu(part, layer), convolve_add(part, layer, part)
+        found = convolve_relu(part, layer), convolve_add(part, layer, part.clone())
         copy = part.contiguous(memory_format=torch.channels_last)
-        expected = convolve_relu(copy, layer), convolve_add(copy, layer, copy)
+        expected = convolve_relu(copy, layer), convolve_add(copy, layer, copy.clone())
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 

@@ -21,7 +21,8 @@ def convolve_relu(x: Tensor, layer: nn.Conv2d) -> Tensor:
 
 
 def convolve_add(x: Tensor, layer: nn.Conv2d, other: Tensor) -> Tensor:
-    """A convolution plus `other`, which has the shape of its result."""
+    """A convolution plus `other`, which has the shape of its result and may be overwritten with it:
+    a tensor less to clear and fill."""
     if _can_fuse(x, layer) and other.is_contiguous(memory_format=torch.channels_last):
         return _fused_add(x, layer, other)
     out: Tensor = layer(x)
@@ -48,8 +49,8 @@ def _fused_relu(x: Tensor, layer: nn.Conv2d) -> Tensor:
 
 
 def _fused_add(x: Tensor, layer: nn.Conv2d, other: Tensor) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._convolution_pointwise.binary(
-        x, other, layer.weight, layer.bias, *_geometry(layer), "add", 1.0, None, [], ""
+    out: Tensor = torch.ops.mkldnn._convolution_pointwise_.binary(
+        other, x, layer.weight, layer.bias, *_geometry(layer), "add", 1.0, None, [], ""
     )
     return out
 
@@ -76,7 +77,7 @@ def _works(dtype: torch.dtype) -> bool:
             torch.allclose(found.float(), expected.float(), rtol=0.02, atol=0.02)
             for found, expected in (
                 (_fused_relu(x, layer), F.relu(plain)),
-                (_fused_add(x, layer, x), plain + x),
+                (_fused_add(x, layer, x.clone()), plain + x),
             )
         )
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):

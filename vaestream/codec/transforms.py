@@ -82,7 +82,10 @@ class QualityTable(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Residual 1x1 -> 3x3 -> 1x1 at half the width; the residual path starts at zero."""
+    """Residual 1x1 -> 3x3 -> 1x1 at half the width; the residual path starts at zero.
+
+    What it is given may be overwritten with what it gives (`convolve_add`).
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()

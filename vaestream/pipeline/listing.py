@@ -175,7 +175,7 @@ def _objects(
 
 def _told_apart(key: str, item: SourceObject) -> str:
     """The key of an object in a list that has another with this key: of http beside https, or with
-    secrets alone to tell them apart. What it is does not depend on the order of the list."""
+    secrets alone to tell them apart. A list that grows leaves it its key."""
     stem, ending = os.path.splitext(key)
     return f"{stem}~{_digest(item.path).hex()[:12]}{ending}"
 

@@ -104,17 +104,18 @@ class Destination:
         found: dict[str, Any] | None = None
         if (standing := running or manifest) is not None:
             found = {"settings": standing.settings, "model_id": standing.model_id}
+        has_parts = any(part_id_of(name) for name in names)
         if not overwrite:
             if found is not None and found != wanted:
                 raise SettingsMismatchError(f"{shown(fs, root)}: {_differences(found, wanted)}")
-            if found is None and any(part_id_of(name) for name in names):
+            if found is None and has_parts:
                 raise SettingsMismatchError(
                     f"{shown(fs, root)}: holds parts of an archive, but neither {MANIFEST} "
                     "nor the record of a job; choose another destination, or overwrite"
                 )
         names = [name for name in names if name not in left]
         # Where nothing stands yet there is nothing to replace, and any later run may go on.
-        replace = overwrite and (found is not None or any(map(part_id_of, names)))
+        replace = overwrite and (found is not None or has_parts)
         return cls(fs, root, settings, model_id, manifest, replace, names, left)
 
     def work(

@@ -54,8 +54,8 @@ def fetch_all(
     Errors: SourceError where it is the store that fails, so that no row says that it is the photo:
     when an object that could be read before no longer can; and when none has been read and those
     that are asked for next cannot be read either, for want of permission or of an answer, or since
-    none of what was listed is there. Of the web's many hosts one may fail: there it takes objects
-    of others. Also where this machine has no room to unpack a tar in.
+    none of what was listed is there. Of the web's many hosts some may fail: there it takes objects
+    of several. Also where this machine has no room to unpack a tar in.
     """
     waiting: deque[tuple[SourceObject, int, Future[bytes]]] = deque()
     rest = deque(objects)
@@ -188,12 +188,12 @@ def _read(
         return bytes(fs.cat_file(item.path))
 
     num_bytes = UNKNOWN_BYTES if size is None else size
-    is_file = item.member is None or (isinstance(item.member, Span) and not item.member.compressed)
+    one_call = item.member is None or (isinstance(item.member, Span) and not item.member.compressed)
 
     def read_again() -> bytes:
         # The reader of other members limits and repeats its own calls, as others may wait while it
         # makes them.
-        return retrying(fs, read, num_bytes=num_bytes) if is_file else read()
+        return retrying(fs, read, num_bytes=num_bytes) if one_call else read()
 
     data = read_again()
     for _ in range(_READINGS):

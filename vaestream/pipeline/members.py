@@ -29,7 +29,8 @@ from vaestream.errors import ArchiveError, SourceError
 from vaestream.pipeline.plan import Cell, Member, SourceObject, Span, ZipMember, escape, utc
 from vaestream.pipeline.tables import PARQUET_ENDING, image_cells, is_parquet
 
-_TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+_PACKED_TAR_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+_TAR_ENDINGS = (".tar", *_PACKED_TAR_ENDINGS)
 _ZIP_ENDING = ".zip"
 _BLOCK_BYTES = 256 << 10
 """Read ahead in a container: more than a header, less than most photos."""
@@ -86,7 +87,7 @@ def list_members(fs: AbstractFileSystem, path: str, name: str) -> Iterator[Found
         for key, cell in image_cells(fs, path):
             yield Found(key, "", cell)
         return
-    is_stream = name.lower().endswith(_TAR_ENDINGS[1:])
+    is_stream = name.lower().endswith(_PACKED_TAR_ENDINGS)
     with _as_the_store_tells(), _open(fs, path, is_stream=is_stream) as file:
         if name.lower().endswith(_ZIP_ENDING):
             yield from _in_zip(file, name)

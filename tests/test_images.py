@@ -370,6 +370,21 @@ def test_metadata_that_no_column_holds_is_kept() -> None:
         profile = PngInfo()
         profile.add_text(keyword, "\nexif\n       4\n45786966\n", zip=packed)
         assert reason(encoded(picture(), "PNG", pnginfo=profile)) == "metadata in PNG text chunks"
+    for keyword in ("exif", "xmp", "icc_profile", "transparency"):
+        for kind in (b"tEXt", b"zTXt", b"iTXt"):
+            body = {b"tEXt": b"a note", b"zTXt": b"\0" + zlib.compress(b"a note")}
+            note = PngInfo()
+            note.add(kind, keyword.encode() + b"\0" + body.get(kind, b"\0\0\0\0a note"))
+            png = encoded(picture(), "PNG", pnginfo=note)
+            assert reason(png) == "metadata in PNG text chunks", (keyword, kind)
+            assert np.array_equal(decode_kept(png), np.asarray(picture()))
+    for tag in (700, 34675):
+        for kind, value in ((2, "text"), (3, 7), (4, 7)):
+            directory = ImageFileDirectory_v2()
+            directory.tagtype[tag] = kind
+            directory[tag] = value
+            data = encoded(picture(), "TIFF", tiffinfo=directory)
+            assert reason(data) == "metadata of an odd type", (tag, kind)
     chatter = PngInfo()
     chatter.add_text("Software", "otter editor" * 50)
     assert photo(encoded(picture(), "PNG", pnginfo=chatter))

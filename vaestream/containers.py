@@ -65,6 +65,8 @@ _PNG_CHATTER = re.compile(
 )
 _PNG_XMP = b"XML:com.adobe.xmp"  # in iTXt; where Pillow does not look for it, elsewhere
 _PNG_PROFILE = re.compile(rb"raw profile type ", re.IGNORECASE)
+# Pillow keeps notes of these names where it keeps what they are named after.
+_PNG_TAKEN = frozenset((b"exif", b"icc_profile", b"transparency", b"xmp"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +303,8 @@ def _png(data: bytes) -> Container:
             packed += length
         elif kind in (b"tEXt", b"zTXt", b"iTXt"):
             keyword = data[body : body + length].split(b"\0", 1)[0]
-            if _PNG_PROFILE.match(keyword) or (kind != b"iTXt" and keyword == _PNG_XMP):
+            misplaced = kind != b"iTXt" and keyword == _PNG_XMP
+            if misplaced or keyword in _PNG_TAKEN or _PNG_PROFILE.match(keyword):
                 reason = reason or "metadata in PNG text chunks"
             elif length > _NOTE_BYTES and not _PNG_CHATTER.match(keyword):
                 reason = reason or "long text in PNG chunks"

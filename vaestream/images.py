@@ -19,7 +19,8 @@ than 64 KiB.
 
 EXIF is carried byte for byte, maker notes and thumbnail included, but for the orientation: pixels
 are turned upright and the value is set to 1 in place, in EXIF and XMP. EXIF that cannot be parsed
-is carried as it is too, and says nothing about orientation.
+is carried as it is too, and says nothing about orientation (but an AVIF decoder may refuse a file
+for it: that one is broken).
 """
 
 from __future__ import annotations
@@ -335,8 +336,13 @@ def _open(data: bytes, container: Container) -> ImageFile:
 def _read(image: ImageFile, container: Container, max_pixels: int) -> Photo | Kept | Broken:
     image_format, size = container.format, image.size
     frames = int(getattr(image, "n_frames", 1))
+    # Tags of a TIFF may have any type, and Pillow's own reader stumbles over those.
+    odd = [key for key in ("xmp", "icc_profile") if not _is_bytes(image.info.get(key))]
+    for key in odd:
+        del image.info[key]
     image.load()
-    if reason := _reason(image, container, frames):
+    reason = _reason(image, container, frames) or ("metadata of an odd type" if odd else None)
+    if reason is not None:
         # Kept or broken? All frames tell, unless there are more than a photo may have pixels.
         if frames > 1 and frames * size[0] * size[1] <= max_pixels:
             for frame in range(1, frames):
@@ -364,6 +370,10 @@ def _read(image: ImageFile, container: Container, max_pixels: int) -> Photo | Ke
             upright = image.transpose(method)
             image.close()
     return Photo(_to_array(upright), image_format, exif, xmp, icc)
+
+
+def _is_bytes(value: object) -> bool:
+    return value is None or isinstance(value, bytes)
 
 
 def _reason(image: ImageFile, container: Container, frames: int) -> str | None:
@@ -503,7 +513,8 @@ def to_8bit(image: Image.Image) -> Pixels:
         raise ValueError("floating point has no 8-bit levels")
     if image.mode.startswith("I"):
         return np.asarray(np.clip(np.asarray(image), 0, 65535) >> 8, np.uint8)
-    if "A" in image.getbands() or "transparency" in image.info:
+    # Of a PNG, a mere note may have that name.
+    if "A" in image.getbands() or not isinstance(image.info.get("transparency", ""), str):
         over = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
     if image.mode not in ("L", "RGB"):

@@ -13,6 +13,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,8 +50,8 @@ def peak_while(run: Callable[[], T]) -> tuple[float, T]:
     return peak - start, output
 
 
-def peak_of(task: str, weights: str | None, data: Any, results: Any) -> None:
-    """Put (peak above the start in MB, seconds, the output) into `results`."""
+def peak_of(task: str, weights: str | None, data: Any) -> tuple[float, float, Any]:
+    """Peak above the start in MB, seconds, the output."""
     codec = Codec.load(weights, device="cpu")
     codec.decode(codec.encode([np.zeros((512, 512, 3), np.uint8)]))
     tasks: dict[str, Callable[[], Any]] = {
@@ -60,7 +61,7 @@ def peak_of(task: str, weights: str | None, data: Any, results: Any) -> None:
     }
     begin = time.perf_counter()
     megabytes, output = peak_while(tasks[task])
-    results.put((megabytes, time.perf_counter() - begin, output))
+    return megabytes, time.perf_counter() - begin, output
 
 
 def main() -> None:
@@ -75,13 +76,9 @@ def main() -> None:
     data: Any = picture(None, height, width)
     blob = b""
     for task in ("encode", "encode and measure PSNR", "decode"):
-        results = spawn.Queue()
-        process = spawn.Process(
-            target=peak_of, args=(task, args.weights, blob if task == "decode" else data, results)
-        )
-        process.start()
-        megabytes, seconds, output = results.get()
-        process.join()
+        with ProcessPoolExecutor(1, spawn) as process:  # one of its own, whose end is noticed
+            given = blob if task == "decode" else data
+            megabytes, seconds, output = process.submit(peak_of, task, args.weights, given).result()
         blob = output if task == "encode" else blob
         print(f"{task:26} {megabytes:7.0f} MB above the loaded model, {seconds:.1f} s", flush=True)
     pixels = picture(None, 3000, 4000)

@@ -345,6 +345,15 @@ def test_a_codec_pickles_after_use(codec: Codec) -> None:
     assert np.array_equal(other.decode(blobs)[0], used.decode(blobs)[0])
 
 
+def test_loading_draws_no_random_numbers() -> None:
+    """Else a seeded training loop would depend on when its codec is loaded."""
+    torch.manual_seed(0)
+    expected = torch.rand(4)
+    torch.manual_seed(0)
+    Codec.load(device="cpu")
+    assert torch.equal(torch.rand(4), expected)
+
+
 def test_a_process_with_another_default_device_gets_the_same(codec: Codec) -> None:
     """On "meta" tensors have no values: one that lands there by default is noticed."""
     image = photo_like(90, 130)

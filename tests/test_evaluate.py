@@ -83,6 +83,14 @@ def test_a_photo_that_another_codec_does_not_take_is_named(tmp_path: Path, weigh
         evaluate([tmp_path], weights=weights, qualities=[0], beside=available(["webp"]))
 
 
+def test_a_photo_beyond_pillows_limit_is_named(
+    photos: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 96 * 128 // 2 - 1)
+    with pytest.raises(SourceError, match=r"small.png: JPEG 4:2:0 does not take it"):
+        evaluate([photos / "small.png"], weights=weights, qualities=[0], beside=available(["jpeg 4"]))
+
+
 def test_large_photos_are_shrunk_on_request(photos: Path, weights: Path) -> None:
     whole = evaluate([photos / "large.png"], weights=weights, qualities=[50])
     shrunk = evaluate([photos / "large.png"], weights=weights, qualities=[50], pixels=9000)

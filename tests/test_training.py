@@ -208,7 +208,22 @@ def test_few_photos_among_many_files_are_all_learned_from(tmp_path: Path) -> Non
     settings = replace(SETTINGS, validation_photos=3)
     out = tmp_path / "out" / "w.safetensors"
     train([tmp_path], out=out, steps=1, config=CONFIG, settings=settings, log=told.append)
-    assert told[0] == "4 photos to train on, 4 set aside"
+    assert told[0] == "4 photos to train on, 4 to validate with"
+
+
+def test_few_large_photos_are_validated_with_alone(tmp_path: Path) -> None:
+    """Where many small ones beside them would do for it."""
+    for seed in range(8):
+        side = 128 if seed % 4 == 0 else 64
+        Image.fromarray(pixels(seed, side, side)).save(tmp_path / f"{seed}.png")
+    training, middles = split(list_photos([tmp_path]), 2, min_side=128, size=64, max_bytes=1 << 20)
+    assert (training.names, len(middles)) == (("0.png", "4.png"), 2)
+
+
+def test_photos_that_are_too_large_are_told(tmp_path: Path) -> None:
+    Image.fromarray(pixels(0, 128, 128)).save(tmp_path / "a.png")
+    with pytest.raises(SourceError, match="64 pixels a side, nor one that fits into 1e-06 GB"):
+        split(list_photos([tmp_path]), 1, min_side=64, size=64, max_bytes=1000)
 
 
 def test_photos_are_set_aside_however_few_fit_into_memory() -> None:

@@ -15,7 +15,8 @@ from .rounding import DEAD_ZONE, rounding_offsets
 class CodingCosts:
     """Bits of a symbol by its table and magnitude, and how they change with either.
 
-    All methods take table indices (int64) and values of one shape and return float32 of that shape.
+    Methods take table indices (int64) and values of one shape, any but for `code`, and what they
+    return is float32 of that shape, `slope`'s second part bool.
     Magnitudes beyond 63 count as 63. offsets: `rounding_offsets`, flat.
     """
 

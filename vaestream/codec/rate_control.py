@@ -183,6 +183,8 @@ def sample_patches(image: NDArray[np.uint8], *, side: int, count: int) -> list[N
     height, width = image.shape[:2]
     if height * width <= (side * count) ** 2:
         return [image]
-    tops = np.linspace(0, max(0, height - side), count).astype(int)
-    lefts = np.linspace(0, max(0, width - side), count).astype(int)
+    tops, lefts = (
+        np.unique(np.linspace(0, max(0, length - side), count).astype(int))
+        for length in (height, width)
+    )
     return [image[t : t + side, x : x + side] for t in tops for x in lefts]

@@ -134,8 +134,9 @@ def import_weights(data: bytes) -> Weights:
     """Read a weights file. Raises WeightsError if it is not one, or not one of this version."""
     tensors, metadata = _parse(data)
     try:
-        # On the CPU in float32, whatever the process has for its defaults.
-        with torch.device("cpu"):
+        # On the CPU in float32, whatever the process has for its defaults, and without a draw from
+        # its random numbers: what a network starts from is thrown away.
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             model = Hyperprior(ModelConfig(**json.loads(metadata["config"]))).float()
         y_tables = _unpack_tables("tables.y", tensors)
         z_flat = _unpack_tables("tables.z", tensors)

@@ -89,7 +89,7 @@ def split(
     # Not those that fit into memory: large photos are few there, and still many files.
     there = (file for file in rest if _pixels(file, min_side) is not None)
     if len(list(islice(there, 3 * count))) < 3 * count:
-        held = rest = list(files)
+        held = rest = [file for file in files if _pixels(file, min_side) is not None]
     training = load_photos(rest, min_side=min_side, max_bytes=max_bytes)
     middle = [_middle(p, size) for p in (_pixels(f, size) for f in held) if p is not None]
     return training, torch.from_numpy(np.stack(middle)).permute(0, 3, 1, 2).float() - 128
@@ -125,7 +125,8 @@ def load_photos(files: Iterable[Path], *, min_side: int, max_bytes: int) -> Phot
         photos.append(pixels)
         names.append(file.name)
     if not photos:
-        raise SourceError(f"no photo of at least {min_side} pixels a side")
+        room = f", nor one that fits into {max_bytes / 1e9:g} GB" if total else ""
+        raise SourceError(f"no photo of at least {min_side} pixels a side{room}")
     return PhotoSet(tuple(photos), tuple(names))
 
 

@@ -145,10 +145,10 @@ def evaluate(
             for value in other.sweep:
                 try:
                     data = other.encode(image, value)
-                except (OSError, ValueError) as error:
+                    decoded = other.decode(data, image.shape)
+                except (OSError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
                     told = f"{other.name} does not take it, leave one of them out: {error}"
                     raise SourceError(f"{name}: {told}") from error
-                decoded = other.decode(data, image.shape)
                 measurements.append(
                     _measure(other.name, name, value, image, decoded, len(data), similarity=False)
                 )

@@ -14,7 +14,8 @@ _BALANCE_LAMBDA = 0.016
 
 @dataclass(frozen=True)
 class Cost:
-    """Means over a batch. `loss` is what is minimised; bpp in bits per pixel, mse on 0..255."""
+    """What a batch of N costs: `loss`, the mean that is minimised; `bpp`, bits per pixel, and `mse`,
+    of levels 0..255, of each, (N,)."""
 
     loss: Tensor
     bpp: Tensor

@@ -148,7 +148,7 @@ def train(
         size=settings.crop,
         max_bytes=int(settings.max_gigabytes * 1e9),
     )
-    log(f"{len(training.photos)} photos to train on, {len(validation)} set aside")
+    log(f"{len(training.photos)} photos to train on, {len(validation)} to validate with")
     coded: CodedCrops | None = None
     if settings.coded:
         coded = CodedCrops.of(

@@ -88,7 +88,9 @@ def test_a_photo_beyond_pillows_limit_is_named(
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 96 * 128 // 2 - 1)
     with pytest.raises(SourceError, match=r"small.png: JPEG 4:2:0 does not take it"):
-        evaluate([photos / "small.png"], weights=weights, qualities=[0], beside=available(["jpeg 4"]))
+        evaluate(
+            [photos / "small.png"], weights=weights, qualities=[0], beside=available(["jpeg 4"])
+        )
 
 
 def test_large_photos_are_shrunk_on_request(photos: Path, weights: Path) -> None:

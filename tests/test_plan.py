@@ -3,6 +3,7 @@
 import functools
 import http.server
 import os
+import re
 import tarfile
 import threading
 import zipfile
@@ -237,8 +238,13 @@ def test_the_destination_is_no_source(tmp_path: Path) -> None:
     for destination in (tmp_path / "archive", link / "archive"):
         listing = list_sources([str(tmp_path)], destination=str(destination))
         assert keys(listing) == ["archive-of-mine/y.jpg", "x.jpg"]
-    with pytest.raises(SourceError, match="no objects"):
-        list_sources([str(tmp_path)], destination=str(tmp_path))
+    for source in ("", "archive-of-mine", "archive-of-mine/y.jpg", "archive-of-mine/*", "arch*"):
+        place = str(tmp_path / source)
+        with pytest.raises(SourceError, match=f"{re.escape(place)}: lies in the destination"):
+            list_sources([__file__, place], destination=str(link))
+    (tmp_path.parent / "list.txt").write_text(f"{tmp_path}/x.jpg\n")
+    with pytest.raises(SourceError, match="x.jpg: lies in the destination"):
+        keys(list_sources([str(tmp_path.parent / "list.txt")], destination=str(tmp_path)))
 
 
 @pytest.mark.parametrize(

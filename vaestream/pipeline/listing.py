@@ -88,8 +88,8 @@ def list_sources(
 
     Every file of a folder counts, hidden ones too. Links to files are followed, links to folders
     are not (they may run in a circle); pipes, sockets and devices are no files. Of http(s) only
-    files are taken, as a web server has no reliable listing. What lies under `destination` is left
-    out.
+    files are taken, as a web server has no reliable listing. `destination` may lie in a source, whose
+    objects are those outside of it, but not a source in the destination.
 
     A file that is named, or matched by a glob, and holds others, stands for these: members of a tar
     (also compressed) or zip; values of a Parquet file's image column (binary, or a struct with
@@ -111,8 +111,8 @@ def list_sources(
     `include` matches (or there is none) and no `exclude` does. Folders with a name that is excluded
     are not entered, so they need not be readable (but in S3, which has no folders).
 
-    Errors: SourceError for a source that does not exist or cannot be listed. What lies deeper is
-    found, and told of, by the iteration.
+    Errors: SourceError for a source that does not exist, cannot be listed, or lies in the
+    destination. What lies deeper is found, and told of, by the iteration.
     """
     found = [_resolve(text, storage_options) for text in sources]
     if any(source.kind != "list" for source in found):
@@ -120,9 +120,15 @@ def list_sources(
     for fs in {id(source.fs): source.fs for source in found}.values():
         # A listing of an earlier run in this process would hide what is new.
         fs.invalidate_cache()
+    barriers = [_barrier(source.fs, destination, storage_options) for source in found]
+    for source, barrier in zip(found, barriers, strict=True):
+        # A list's own place says nothing of what it names.
+        place = source.folder if source.kind == "glob" else source.path
+        if source.kind != "list" and _is_barred(source.fs, place, barrier):
+            raise _barred(shown_url(source.text))
     listing = Listing()
     listing._objects = _objects(
-        listing, found, _prefixes(found), destination, include, exclude, storage_options
+        listing, found, _prefixes(found), barriers, include, exclude, storage_options
     )
     return listing
 
@@ -131,7 +137,7 @@ def _objects(
     listing: Listing,
     sources: Sequence[_Source],
     prefixes: Sequence[str],
-    destination: str | None,
+    barriers: Sequence[str | None],
     include: Sequence[str],
     exclude: Sequence[str],
     storage_options: Mapping[str, Any] | None,
@@ -139,10 +145,11 @@ def _objects(
     places: set[bytes] = set()
     keys: set[bytes] = set()
     count = 0
-    for source, prefix in zip(sources, prefixes, strict=True):
-        barrier = None if destination is None else _barrier(source.fs, destination, storage_options)
+    for source, prefix, barrier in zip(sources, prefixes, barriers, strict=True):
         for item in _items(listing, source, exclude, storage_options):
-            if barrier is not None and _is_under(_real(source.fs, item.path), barrier):
+            if _is_barred(source.fs, item.path, barrier):
+                if source.kind == "list":
+                    raise _barred(item.url)
                 continue
             key = prefix + item.key
             if len(sources) > 1 or source.kind in ("glob", "list"):
@@ -292,18 +299,19 @@ def _members(
     state = container.etag or (container.mtime.isoformat() if container.mtime else None)
     names: dict[str, int] = {}
     url = shown_url(fs.unstrip_protocol(path))
-    for found in list_members(fs, path, name_of(fs, path)):
-        # What `tar c .` puts in front of each name says nothing.
-        name = key = safe_key(found.name.removeprefix("./"))
-        stem, ending = os.path.splitext(name)
-        while key in names:
-            names[name] += 1
-            key = f"{stem}~{names[name]}{ending}"
-        names[key] = 1
-        version = Version(found.size, found.mtime, state)
-        yield SourceObject(
-            prefix + key, store, path, member_url(url, found), version, found.member, found.problem
-        )
+    with listing_errors(url):  # of many that a glob matches, this one
+        for found in list_members(fs, path, name_of(fs, path)):
+            # What `tar c .` puts in front of each name says nothing.
+            name = key = safe_key(found.name.removeprefix("./"))
+            stem, ending = os.path.splitext(name)
+            while key in names:
+                names[name] += 1
+                key = f"{stem}~{names[name]}{ending}"
+            names[key] = 1
+            version, where = Version(found.size, found.mtime, state), member_url(url, found)
+            yield SourceObject(
+                prefix + key, store, path, where, version, found.member, found.problem
+            )
 
 
 def _listed(
@@ -393,10 +401,10 @@ def _digest(text: str) -> bytes:
 
 
 def _barrier(
-    fs: AbstractFileSystem, destination: str, storage_options: Mapping[str, Any] | None
+    fs: AbstractFileSystem, destination: str | None, storage_options: Mapping[str, Any] | None
 ) -> str | None:
     """The destination's path in `fs`, or None where it lies in another store."""
-    if protocol_of(destination) not in protocols_of(fs):
+    if destination is None or protocol_of(destination) not in protocols_of(fs):
         return None
     target, path = store_of(destination, storage_options)
     return _real(target, path)
@@ -406,8 +414,19 @@ def _real(fs: AbstractFileSystem, path: str) -> str:
     return os.path.realpath(path) if "file" in protocols_of(fs) else path
 
 
-def _is_under(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(folder.rstrip("/") + "/")
+def _is_barred(fs: AbstractFileSystem, path: str, barrier: str | None) -> bool:
+    """Whether the path is that of the destination, or of something in it."""
+    if barrier is None:
+        return False
+    real = _real(fs, path)
+    return real == barrier or real.startswith(barrier.rstrip("/") + "/")
+
+
+def _barred(url: str) -> SourceError:
+    return SourceError(
+        f"{url}: lies in the destination, where everything is the archive's own: "
+        "choose a destination beside it"
+    )
 
 
 def _base(pattern: str) -> str:

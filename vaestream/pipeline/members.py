@@ -52,6 +52,10 @@ _DAMAGED_ZIP = (
 )
 
 
+_DAMAGED_TAR = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
+"""What the store raises is an ArchiveError where these are caught (`_open`), or one of no file."""
+
+
 class MemberError(Exception):
     """A member cannot be read, now or ever."""
 
@@ -272,12 +276,12 @@ def _unpack(fs: AbstractFileSystem, item: SourceObject, file: IO[bytes]) -> None
     with _as_the_store_tells(), _open(fs, item.path, is_stream=True) as packed:
         try:
             with _decompressed(packed) as stream:
-                # A little at a time: what comes before damage is good.
+                # A little at a time: as much of it as there is before the damage.
                 while chunk := stream.read1(_BLOCK_BYTES):
                     _append(file, chunk)
         except FileNotFoundError:
             raise
-        except (EOFError, OSError, zlib.error, lzma.LZMAError):
+        except _DAMAGED_TAR:  # of which the listing has told
             return
 
 
@@ -305,7 +309,9 @@ def _decompressed(file: IO[bytes]) -> gzip.GzipFile | bz2.BZ2File | lzma.LZMAFil
 def _in_tar(file: IO[bytes], name: str) -> Iterator[Found]:
     try:
         tar = tarfile.open(fileobj=file, mode="r:*")  # noqa: SIM115
-    except (tarfile.ReadError, EOFError, zlib.error):
+    except FileNotFoundError:
+        raise
+    except _DAMAGED_TAR:
         yield Found(name.rpartition("/")[2], "", None)
         return
     compressed = tar.fileobj is not file
@@ -317,9 +323,11 @@ def _in_tar(file: IO[bytes], name: str) -> Iterator[Found]:
             try:
                 info = tar.next()
                 if info is None:
-                    problem = _end(tar)
+                    problem = _end(tar, compressed=compressed)
                     break
-            except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
+            except FileNotFoundError:
+                raise
+            except _DAMAGED_TAR as error:
                 problem = str(error)
                 break
             tar.members.clear()  # type: ignore[attr-defined]
@@ -347,16 +355,25 @@ def _in_tar(file: IO[bytes], name: str) -> Iterator[Found]:
             )
             problem = None
     if problem is not None:
-        told = f"the tar is damaged after {count} members, what follows is not read: {problem}"
+        # Checksums of a compressed one come after what they are of.
+        more = ", and some of these may be damaged" if compressed else ""
+        told = f"the tar is damaged after {count} members{more}, what follows is not read: {problem}"
         yield Found(name.rpartition("/")[2], "", None, problem=told)
 
 
-def _end(tar: tarfile.TarFile) -> str | None:
-    """Why the tar ends here, where it should not: tarfile takes a damaged header for the end."""
+def _end(tar: tarfile.TarFile, *, compressed: bool) -> str | None:
+    """Why the tar ends here, where it should not: tarfile takes a damaged header for the end.
+
+    Raises `_DAMAGED_TAR` for what the last checksum of a compressed one tells.
+    """
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     block = tar.fileobj.read(tarfile.BLOCKSIZE)
-    return "bad header" if any(block) else None
+    if any(block):
+        return "bad header"
+    while compressed and tar.fileobj.read(_BLOCK_BYTES):
+        pass
+    return None
 
 
 def _in_zip(file: IO[bytes], name: str) -> Iterator[Found]:

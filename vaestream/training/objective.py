@@ -14,7 +14,7 @@ _BALANCE_LAMBDA = 0.016
 
 @dataclass(frozen=True)
 class Cost:
-    """What a batch of N costs: `loss`, the mean that is minimised; `bpp`, bits per pixel, and `mse`,
+    """What a batch of N costs: `loss`, the mean that is minimised; `bpp`, bits a pixel, and `mse`,
     of levels 0..255, of each, (N,)."""
 
     loss: Tensor

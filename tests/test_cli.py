@@ -69,6 +69,8 @@ def python(code: str) -> str:
         "compress --max-pixels 0",
         "extract --workers -1",
         "extract --region 1,2,3",
+        "extract --region 0,0,0,9",
+        "extract --region 1,-2,3,4",
         "evaluate --effort -1",
         "evaluate --pixels 0",
         "evaluate --qualities 50,101",

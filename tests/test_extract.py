@@ -3,6 +3,7 @@
 import os
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 from archive_samples import commit, row
@@ -124,6 +125,15 @@ def test_it_goes_on_where_it_was_interrupted(archive: vaestream.Archive, tmp_pat
     assert all(path.stat().st_ino == inode for path, inode in before.items())
     assert sorted(files(out)) == sorted(archive)
     assert extract(archive, str(out), workers=0).earlier == 0
+
+
+@pytest.mark.parametrize("view", [{"region": (0, 0, 0, 9)}, {"max_size": 0}])
+def test_a_view_that_no_picture_has_is_told_at_once(
+    archive: vaestream.Archive, tmp_path: Path, view: dict[str, Any]
+) -> None:
+    with pytest.raises(VaestreamError, match="picture"):
+        extract(archive, str(tmp_path / "out"), **view)
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_format_is_another_extraction(archive: vaestream.Archive, tmp_path: Path) -> None:

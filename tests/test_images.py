@@ -11,7 +11,7 @@ import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -370,21 +370,6 @@ def test_metadata_that_no_column_holds_is_kept() -> None:
         profile = PngInfo()
         profile.add_text(keyword, "\nexif\n       4\n45786966\n", zip=packed)
         assert reason(encoded(picture(), "PNG", pnginfo=profile)) == "metadata in PNG text chunks"
-    for keyword in ("exif", "xmp", "icc_profile", "transparency"):
-        for kind in (b"tEXt", b"zTXt", b"iTXt"):
-            body = {b"tEXt": b"a note", b"zTXt": b"\0" + zlib.compress(b"a note")}
-            note = PngInfo()
-            note.add(kind, keyword.encode() + b"\0" + body.get(kind, b"\0\0\0\0a note"))
-            png = encoded(picture(), "PNG", pnginfo=note)
-            assert reason(png) == "metadata in PNG text chunks", (keyword, kind)
-            assert np.array_equal(decode_kept(png), np.asarray(picture()))
-    for tag in (700, 34675):
-        for kind, value in ((2, "text"), (3, 7), (4, 7)):
-            directory = ImageFileDirectory_v2()
-            directory.tagtype[tag] = kind
-            directory[tag] = value
-            data = encoded(picture(), "TIFF", tiffinfo=directory)
-            assert reason(data) == "metadata of an odd type", (tag, kind)
     chatter = PngInfo()
     chatter.add_text("Software", "otter editor" * 50)
     assert photo(encoded(picture(), "PNG", pnginfo=chatter))
@@ -399,6 +384,30 @@ def test_metadata_that_no_column_holds_is_kept() -> None:
     assert reason(encoded(picture(), "TIFF", tiffinfo=odd)) == "TIFF tags that EXIF cannot hold"
     geo = encoded(picture(), "TIFF", tiffinfo={33550: (1.0, 1.0, 0.0)})
     assert reason(geo) == "TIFF tags with no place in EXIF"
+
+
+@pytest.mark.parametrize("keyword", ["exif", "xmp", "icc_profile", "transparency"])
+def test_a_note_that_passes_for_metadata_keeps_the_png(keyword: str) -> None:
+    bodies = {
+        b"tEXt": b"note",
+        b"zTXt": b"\0" + zlib.compress(b"note"),
+        b"iTXt": bytes(4) + b"note",
+    }
+    for kind, body in bodies.items():
+        note = PngInfo()
+        note.add(kind, keyword.encode() + b"\0" + body)
+        data = encoded(picture(), "PNG", pnginfo=note)
+        assert reason(data) == "metadata in PNG text chunks", kind
+        assert np.array_equal(decode_kept(data), np.asarray(picture()))
+
+
+@pytest.mark.parametrize("tag", [700, 34675])  # XMP, ICC
+@pytest.mark.parametrize(("kind", "value"), [(2, "text"), (3, 7), (4, 7)])
+def test_metadata_of_an_odd_type_keeps_the_tiff(tag: int, kind: int, value: Any) -> None:
+    directory = ImageFileDirectory_v2()
+    directory.tagtype[tag] = kind
+    directory[tag] = value
+    assert reason(encoded(picture(), "TIFF", tiffinfo=directory)) == "metadata of an odd type"
 
 
 def test_profiles_for_other_channels_are_kept() -> None:

@@ -27,6 +27,7 @@ from vaestream.errors import (
     ArchiveError,
     DamagedArchiveError,
     SettingsMismatchError,
+    SourceError,
     VaestreamError,
 )
 from vaestream.pipeline import cluster, destination, job
@@ -172,6 +173,29 @@ def test_a_later_run_takes_in_what_is_new_or_has_changed_and_drops_nothing(
 
     again = run_here(source, archive)
     assert again.up_to_date and (again.changed, again.unlisted) == (0, 1)
+
+
+def test_a_photo_of_another_folder_takes_no_ones_place(run_here: Run, tmp_path: Path) -> None:
+    """As cameras give the same names in every folder. What has moved must be said to have."""
+    first = fill(tmp_path / "100CANON", ["1.png", "2.png", "3.png"])
+    second = fill(tmp_path / "101CANON", ["3.png", "4.png"], 5)
+    archive = tmp_path / "archive"
+    run_here(first, archive)
+    before = files(archive)
+    with pytest.raises(SourceError, match=r"101CANON/3.png: .*'3.png'.*100CANON/3.png: .*--moved"):
+        run_here(second, archive)
+    run_here(first, archive)
+    assert files(archive) == before
+
+    moved = first.rename(tmp_path / "moved")
+    assert run_here(moved, archive).up_to_date
+    (moved / "2.png").write_bytes(png(9))
+    with pytest.raises(SourceError, match="have moved"):
+        run_here(moved, archive)
+    summary = run_here(moved, archive, moved=True)
+    assert (summary.objects, summary.changed, summary.unlisted) == (3, 1, 0)
+    assert vaestream.open(str(archive)).row("2.png").source_url == f"file://{moved}/2.png"
+    assert verify(str(archive)) == []
 
 
 @pytest.fixture

@@ -102,6 +102,22 @@ def test_a_compressed_tar_gives_all_of_its_last_member(tmp_path: Path) -> None:
         assert contents(read(path)) == {"a.bin": data[::-1], "b.bin": data}
 
 
+def test_each_compressed_tar_is_unpacked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "c"):
+        make_tar(tmp_path / f"{name}.tgz", "w:gz", {f"{i:02d}.png": png(i) for i in range(12)})
+    unpacked: list[str] = []
+
+    def unpack(fs: Any, item: Any, file: Any, original: Any = members._unpack) -> None:
+        unpacked.append(Path(item.path).name)
+        original(fs, item, file)
+
+    monkeypatch.setattr(members, "_unpack", unpack)
+    assert len(read(tmp_path / "*.tgz")) == 36
+    assert unpacked == ["a.tgz", "b.tgz", "c.tgz"]
+
+
 def test_members_of_one_name_come_out_as_they_went_in(tmp_path: Path) -> None:
     path = tmp_path / "x.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -407,13 +423,13 @@ def test_a_list_stands_for_what_it_names(tmp_path: Path, kind: str) -> None:
     urls = ["sub/c.png", "a b.png", str(other / "d.png"), "sub/c.png", "gone.png"]
     path = folder / f"list.{kind}"
     if kind == "txt":
-        path.write_text("\n".join(urls) + "\n\n")
+        path.write_text("\n ".join(urls) + "\n\n")
     elif kind == "parquet":
-        pq.write_table(pa.table({"n": range(5), "url": urls}), path)
+        pq.write_table(pa.table({"n": range(5), "url": [f" {url}" for url in urls]}), path)
     else:
         separator = "," if kind == "csv" else "\t"
         rows = zip("n0123", ["URL", *urls[:4]], strict=True)
-        path.write_text("\n".join(separator.join(row) for row in rows))
+        path.write_text("\n".join(f"{separator} ".join(row) for row in rows))
     found = contents(read(path))
     elsewhere = f"{other}/d.png".lstrip("/")
     expected = {"sub/c.png": b"sub/c.png", "a b.png": b"a b.png", elsewhere: b"d.png"}

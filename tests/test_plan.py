@@ -243,7 +243,7 @@ def test_the_destination_is_no_source(tmp_path: Path) -> None:
         with pytest.raises(SourceError, match=f"{re.escape(place)}: lies in the destination"):
             list_sources([__file__, place], destination=str(link))
     (tmp_path.parent / "list.txt").write_text(f"{tmp_path}/x.jpg\n")
-    with pytest.raises(SourceError, match="x.jpg: lies in the destination"):
+    with pytest.raises(SourceError, match=r"x.jpg: lies in the destination"):
         keys(list_sources([str(tmp_path.parent / "list.txt")], destination=str(tmp_path)))
 
 

@@ -203,6 +203,22 @@ def test_an_archive_is_not_written_over_unasked(
     assert list(vaestream.open(url)) == ["b"]
 
 
+def test_an_attempt_that_failed_leaves_no_parts(
+    local_ray: Path, weights: Path, tmp_path: Path
+) -> None:
+    """Readers of all of `part-*.parquet` would see them."""
+    url = str(tmp_path / "archive")
+    twice = ray.data.from_items([{"key": "a", "image": pixels(i)} for i in (1, 2)]).repartition(2)
+    with pytest.raises(Exception, match="a"):
+        write_archive(twice, url, weights=str(weights))
+    assert list((tmp_path / "archive").glob("part-*"))
+    write_archive(
+        ray.data.from_items([{"key": "b", "image": pixels(2)}]), url, weights=str(weights)
+    )
+    names = [path.name for path in (tmp_path / "archive").glob("part-*")]
+    assert names == [part.name for part in vaestream.open(url).manifest.parts]
+
+
 def test_no_manifest_over_rows_that_cannot_be_written(
     local_ray: Path, weights: Path, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from vaestream.archive import retries
 from vaestream.archive.retries import may_pass, retrying, within
-from vaestream.archive.storage import put_bytes, read_bytes, read_ranges
+from vaestream.archive.storage import put_bytes, read_bytes, read_ranges, staged
 from vaestream.errors import ArchiveError
 
 
@@ -248,3 +249,11 @@ def test_an_error_names_path_and_reason(pauses: list[float]) -> None:
     with pytest.raises(ArchiveError, match=r"memory:///?full/file: cannot be written: .*No space"):
         put_bytes(Full(), "/full/file", b"0123456789")
     assert pauses == []
+
+
+def test_no_room_for_temporary_files_is_no_fault_of_the_store() -> None:
+    with (
+        pytest.raises(ArchiveError, match=f"cannot be written in {tempfile.gettempdir()} first: "),
+        staged(MemoryFileSystem(), "/store/file"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")

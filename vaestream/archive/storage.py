@@ -245,10 +245,12 @@ class RangeFile(io.RawIOBase):
 def staged(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[str]:
     """A local file to write, in place under `path` when the block ends, gone when it raises.
 
+    It lies beside `path`, or in the folder for temporary files where that is in another store.
     Raises ArchiveError, naming `path`, for any OSError in the block or of the store.
     """
     local = isinstance(fs, LocalFileSystem)
     parent, name = path.rsplit("/", 1)
+    done = "written" if local else f"written in {tempfile.gettempdir()} first"
     temporary: str | None = None
     try:
         if local:
@@ -259,13 +261,14 @@ def staged(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[str]:
             handle, temporary = tempfile.mkstemp(_TEMPORARY_SUFFIX, _TEMPORARY_PREFIX)
             os.close(handle)
         yield temporary
+        done = "written"
         if local:
             _publish(temporary, path)
             temporary = None
         else:
             _upload(fs, temporary, path)
     except OSError as error:
-        told = f"{shown(fs, path)}: cannot be written: {error}"
+        told = f"{shown(fs, path)}: cannot be {done}: {error}"
         raise ArchiveError(public_text(told)) from error
     finally:
         if temporary is not None:

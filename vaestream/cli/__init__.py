@@ -18,7 +18,7 @@ from vaestream.text import shown
 from vaestream.urls import public_text
 
 from .arguments import parse
-from .commands import compress, train
+from .commands import compress, extract, train
 from .exit_codes import ERROR, INTERRUPTED, OK, SOME_FAILED, TERMINATED, USAGE
 
 __all__ = ["ERROR", "INTERRUPTED", "OK", "SOME_FAILED", "TERMINATED", "USAGE", "main"]
@@ -75,6 +75,7 @@ def _complain(message: str) -> int:
 
 
 def _stopped(args: argparse.Namespace, code: int) -> int:
-    more = "; run the same command again to go on" if args.run in (compress, train) else ""
+    goes_on = args.run in (compress, extract, train)
+    more = "; run the same command again to go on" if goes_on else ""
     print(f"vaestream: stopped{more}", file=sys.stderr)
     return code

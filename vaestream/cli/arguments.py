@@ -81,6 +81,11 @@ def _compress_arguments(parser: argparse.ArgumentParser) -> None:
     add("--exclude", action="append", default=[], metavar="GLOB", help="leave these out")
     add("--address", metavar="RAY", help="Ray cluster; default: RAY_ADDRESS, or a local Ray")
     add("--overwrite", action="store_true", help="replace an archive with other settings")
+    add(
+        "--moved",
+        action="store_true",
+        help="the sources have moved: what has changed, too, is still the same object",
+    )
     add("--weights", metavar="W", help="model other than the shipped one, a path or URL")
     add(
         "--max-pixels",

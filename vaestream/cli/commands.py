@@ -9,6 +9,8 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -36,25 +38,20 @@ def compress(args: argparse.Namespace) -> int:
     warnings = Warnings(line)
     logger = logging.getLogger("vaestream")
     logger.addHandler(warnings)
-    # Threads of a job that is stopped outlive it, and would start Ray anew. Ray reads the variable
-    # when it is imported; programs that the caller starts later are not to inherit it.
-    alone = "RAY_ENABLE_AUTO_CONNECT" not in os.environ
-    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:
-        summary = compress(
-            args.sources,
-            args.destination,
-            **_settings(args),
-            **_job(args),
-            workers=args.workers,
-            gpus_per_worker=args.gpus_per_worker,
-            verify=args.verify,
-            address=args.address,
-            progress=line.show,
-        )
+        with _no_ray_but_ours():
+            summary = compress(
+                args.sources,
+                args.destination,
+                **_settings(args),
+                **_job(args),
+                workers=args.workers,
+                gpus_per_worker=args.gpus_per_worker,
+                verify=args.verify,
+                address=args.address,
+                progress=line.show,
+            )
     finally:
-        if alone:
-            del os.environ["RAY_ENABLE_AUTO_CONNECT"]
         logger.removeHandler(warnings)
         line.end()
     if args.json:
@@ -62,6 +59,19 @@ def compress(args: argparse.Namespace) -> int:
     else:
         print(summary_text(summary, args.destination))
     return SOME_FAILED if summary.errors else OK
+
+
+@contextmanager
+def _no_ray_but_ours() -> Iterator[None]:
+    """Threads of a job that is stopped outlive it, and would start Ray anew. Ray reads the variable
+    when it is imported; programs that the caller starts later are not to inherit it."""
+    alone = "RAY_ENABLE_AUTO_CONNECT" not in os.environ
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+    try:
+        yield
+    finally:
+        if alone:
+            del os.environ["RAY_ENABLE_AUTO_CONNECT"]
 
 
 def _estimate(args: argparse.Namespace) -> int:
@@ -86,7 +96,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 def _job(args: argparse.Namespace) -> dict[str, Any]:
     """What a job takes, whether it is run or estimated."""
     names = ("include", "exclude", "storage_options", "overwrite", "weights", "device")
-    more = ("shard_images", "max_object_bytes")
+    more = ("moved", "shard_images", "max_object_bytes")
     return {name: getattr(args, name) for name in (*names, *more)}
 
 
@@ -139,17 +149,18 @@ def extract(args: argparse.Namespace) -> int:
     from vaestream.pipeline.extract import extract
 
     _ready_for_codec(args.device)
-    result = extract(
-        _open(args),
-        args.destination,
-        args.keys,
-        format=args.format,
-        region=args.region,
-        max_size=args.max_size,
-        workers=args.workers,
-        address=args.address,
-        storage_options=args.storage_options,
-    )
+    with _no_ray_but_ours():
+        result = extract(
+            _open(args),
+            args.destination,
+            args.keys,
+            format=args.format,
+            region=args.region,
+            max_size=args.max_size,
+            workers=args.workers,
+            address=args.address,
+            storage_options=args.storage_options,
+        )
     for key, reason in result.failures.items():
         print(f"vaestream: {shown(key)}: {shown(reason)}", file=sys.stderr)
     print(

@@ -51,6 +51,10 @@ def region(text: str) -> tuple[int, int, int, int]:
         raise argparse.ArgumentTypeError(
             "four numbers with commas are wanted: left, top, width, height"
         ) from error
+    if min(x, y) < 0 or min(width, height) < 1:
+        raise argparse.ArgumentTypeError(
+            f"a region that a picture can have is wanted, not {text!r}"
+        )
     return x, y, width, height
 
 

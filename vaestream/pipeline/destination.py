@@ -49,7 +49,7 @@ class Destination:
     """A folder in a store, opened for a job with these settings and this model (`open`).
 
     manifest: of the archive that stands there, if one does. replace: whether the new archive takes
-    the place of that one; otherwise it grows.
+    the place of that one; otherwise it grows. names: of the files that stand there.
     """
 
     fs: AbstractFileSystem
@@ -58,7 +58,7 @@ class Destination:
     model_id: str
     manifest: Manifest | None = None
     replace: bool = False
-    _names: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
     _left: set[str] = field(default_factory=set)
     """Parts of an archive that has been replaced, where that job did not get to remove them."""
 
@@ -119,11 +119,19 @@ class Destination:
         return cls(fs, root, settings, model_id, manifest, replace, names, left)
 
     def work(
-        self, objects: Iterable[SourceObject], cutter: Cutter, *, max_object_bytes: int = 1 << 30
+        self,
+        objects: Iterable[SourceObject],
+        cutter: Cutter,
+        *,
+        max_object_bytes: int = 1 << 30,
+        moved: bool = False,
     ) -> Work:
-        """Divide `objects` into what the archive holds already and shards of what is to be done."""
+        """Divide `objects` into what the archive holds already and shards of what is to be done.
+
+        max_object_bytes, moved: as `Growth` takes them.
+        """
         listed = {part.name: part for part in self.manifest.parts} if self.manifest else {}
-        loose = self._committed(name for name in self._names if name not in listed)
+        loose = self._committed(name for name in self.names if name not in listed)
         if self.replace:
             return Replacement(objects, cutter, [*self._present(listed), *loose])
         present = self._present(listed)
@@ -139,6 +147,7 @@ class Destination:
             gone=gone,
             lost=lost,
             max_object_bytes=max_object_bytes,
+            moved=moved,
         )
 
     def is_finished(self, work: Work) -> bool:
@@ -147,7 +156,7 @@ class Destination:
         return (
             self.manifest is not None
             and not work.dropped
-            and INDEX in self._names
+            and INDEX in self.names
             and exists(self.fs, model_path(self.root, self.model_id))
             and {part.name for part in work.parts} == {part.name for part in self.manifest.parts}
             and self.manifest.settings == self.settings
@@ -200,7 +209,7 @@ class Destination:
         old = self.manifest.parts if self.manifest else ()
         replaced = {*dropped, *(part.name for part in old), *self._left}
         if self.replace:
-            replaced |= set(self._names)
+            replaced |= set(self.names)
         if alone():
             replaced |= self._doubled(parts, replaced)
         for name in replaced:
@@ -246,7 +255,7 @@ class Destination:
         return {part.name for part in HeldRows(self.fs, self.root, strays).sharing(held)}
 
     def _present(self, listed: Mapping[str, PartInfo]) -> list[PartInfo]:
-        present = set(self._names)
+        present = set(self.names)
         return [part for part in listed.values() if part.name in present]
 
     def _keys_of(self, names: Sequence[str]) -> set[str]:

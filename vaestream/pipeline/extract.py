@@ -19,7 +19,7 @@ from vaestream import images
 from vaestream.archive.reader import Archive
 from vaestream.archive.schema import RowInfo
 from vaestream.archive.storage import join, put_bytes, read_bytes, remove_folder
-from vaestream.codec.view import Region
+from vaestream.codec.view import Region, check_view
 from vaestream.errors import ArchiveError, DamagedArchiveError, VaestreamError
 from vaestream.pipeline.plan import safe_key
 from vaestream.pipeline.stores import store_of
@@ -93,11 +93,14 @@ def extract(
     says, on the archive's device; fewer, or with workers=0 all, are written by this process. Run
     again after an interruption with the same archive, keys and settings, it goes on where it was.
 
-    Errors: ArchiveError for a key that is not there, and for a destination that cannot be written
-    or is full; what is wrong with single rows is in the result.
+    Errors: VaestreamError for a region or size that no picture can have, ArchiveError for a key
+    that is not there, and for a destination that cannot be written or is full; what is wrong with
+    single rows is in the result.
     """
-    if max_size is not None and max_size < 1:
-        raise VaestreamError(f"the size must be at least 1 pixel, not {max_size}")
+    try:
+        check_view(region, max_size)
+    except ValueError as error:
+        raise VaestreamError(str(error)) from error
     fs, root = store_of(destination, storage_options)
     if isinstance(fs, LocalFileSystem):
         try:

@@ -46,10 +46,10 @@ def fetch_all(
 ) -> Iterator[Fetched]:
     """Read `objects`, in their order, from `stores`, some threads ahead of the caller.
 
-    At most `ahead_bytes`, or one object, are held. Errors that may pass are tried again
-    (`retries.retrying`). An object that cannot be read, or has more than `max_object_bytes`, comes
-    with its error. members: reads those of tars and the like. witnesses: what earlier calls have
-    read; this one adds to it.
+    At most `ahead_bytes`, or one object, are held where the sources tell sizes; what has none
+    counts as 16 MB. Errors that may pass are tried again (`retries.retrying`). An object that
+    cannot be read, or has more than `max_object_bytes`, comes with its error. members: reads those
+    of tars and the like. witnesses: what earlier calls have read; this one adds to it.
 
     Errors: SourceError where it is the store that fails, so that no row says that it is the photo:
     when an object that could be read before no longer can; and when none has been read and those
@@ -61,7 +61,10 @@ def fetch_all(
     rest = deque(objects)
     readable: Witnesses = {} if witnesses is None else witnesses
     held = 0
-    with ThreadPoolExecutor(threads, thread_name_prefix="fetch") as pool:
+    with (
+        ThreadPoolExecutor(threads, thread_name_prefix="fetch") as pool,
+        ThreadPoolExecutor(1, thread_name_prefix="fetch-members") as in_turn,
+    ):
         try:
             while rest or waiting:
                 while rest and len(waiting) < 2 * threads:
@@ -69,7 +72,10 @@ def fetch_all(
                     if waiting and held + size > ahead_bytes:
                         break
                     item = rest.popleft()
-                    future = pool.submit(_read, stores[item.store], item, members, max_object_bytes)
+                    # `MemberReader` opens a container anew for what comes out of its order.
+                    queue = pool if _is_one_call(item) else in_turn
+                    store = stores[item.store]
+                    future = queue.submit(_read, store, item, members, max_object_bytes)
                     waiting.append((item, size, future))
                     held += size
                 item, size, future = waiting.popleft()
@@ -188,12 +194,11 @@ def _read(
         return bytes(fs.cat_file(item.path))
 
     num_bytes = UNKNOWN_BYTES if size is None else size
-    one_call = item.member is None or (isinstance(item.member, Span) and not item.member.compressed)
 
     def read_again() -> bytes:
         # The reader of other members limits and repeats its own calls, as others may wait while it
         # makes them.
-        return retrying(fs, read, num_bytes=num_bytes) if one_call else read()
+        return retrying(fs, read, num_bytes=num_bytes) if _is_one_call(item) else read()
 
     data = read_again()
     for _ in range(_READINGS):
@@ -204,6 +209,12 @@ def _read(
     if len(data) > max_object_bytes:
         raise TooLargeError(_too_large(len(data), max_object_bytes))
     return data
+
+
+def _is_one_call(item: SourceObject) -> bool:
+    """Whether one call to the store gives its bytes, and nothing is opened for it."""
+    member = item.member
+    return member is None or (isinstance(member, Span) and not member.compressed)
 
 
 def _told_size(fs: AbstractFileSystem, path: str) -> int | None:

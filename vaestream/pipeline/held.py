@@ -20,13 +20,16 @@ from vaestream.pipeline.plan import Version
 _THREADS = 16
 _CHUNK = 1024
 
-_READ = ["key", "source_size", "source_mtime", "source_etag", "num_bytes", "error"]
+_READ = [
+    *("key", "source_size", "source_mtime", "source_etag", "source_url", "num_bytes", "error"),
+]
 _SCHEMA = pa.schema(
     [
         ("key", pa.large_string()),  # together they may have more than 2 GiB
         ("source_size", pa.int64()),
         ("source_mtime", pa.timestamp("us", tz="UTC")),
         ("source_etag", pa.string()),
+        ("place", pa.int64()),
         ("unread", pa.bool_()),
         ("part", pa.int32()),
     ]
@@ -38,8 +41,13 @@ class Held:
     """What is held of an object: in which version and part, and whether it is `RowInfo.unread`."""
 
     version: Version
+    place: int
     unread: bool
     part: PartInfo
+
+    def was_at(self, url: str) -> bool:
+        """Whether it was read from there."""
+        return hash(url) == self.place
 
 
 class HeldRows:
@@ -71,8 +79,15 @@ class HeldRows:
         at = bisect_left(keys, key)
         if at == len(keys) or keys[at] != key:
             return None
-        size, mtime, etag, unread, part = (chunk[name][at].as_py() for name in _SCHEMA.names[1:])
-        return Held(Version(size, mtime, etag), unread, self._parts[part])
+        row = {name: chunk[name][at].as_py() for name in _SCHEMA.names[1:]}
+        version = Version(row["source_size"], row["source_mtime"], row["source_etag"])
+        return Held(version, row["place"], row["unread"], self._parts[row["part"]])
+
+    def url_of(self, key: str, held: Held) -> str:
+        """Where an object that is held was read from."""
+        table = self._columns(held.part)
+        url: str = table["source_url"][pc.index(table["key"], key).as_py()].as_py()
+        return url
 
     def sharing(self, others: "HeldRows") -> list[PartInfo]:
         """The parts with a key that `others` hold too."""
@@ -101,8 +116,11 @@ class HeldRows:
         table = self._columns(self._parts[number])
         facts = zip(table["error"].to_pylist(), table["num_bytes"].to_pylist(), strict=True)
         unread = pa.array([is_unread(*one) for one in facts], pa.bool_())
+        # Of a URL, as much as tells it from others: there may be millions.
+        place = pa.array(map(hash, table["source_url"].to_pylist()), pa.int64())
         part = pa.array([number] * len(table), pa.int32())
         table = table.append_column("unread", unread).append_column("part", part)
+        table = table.append_column("place", place)
         return table.select(_SCHEMA.names).cast(_SCHEMA)
 
     def _columns(self, part: PartInfo) -> pa.Table:

@@ -130,6 +130,7 @@ def compress(
     storage_options: Mapping[str, Any] | None = None,
     address: str | None = None,
     overwrite: bool = False,
+    moved: bool = False,
     weights: str | os.PathLike[str] | None = None,
     max_pixels: int = 256_000_000,
     max_object_bytes: int = 1 << 30,
@@ -147,15 +148,17 @@ def compress(
     without it the environment's RAY_ADDRESS counts, then a Ray of this process, and else one is
     started here and ended with the job. weights: other than the shipped ones. An object of more
     than max_object_bytes gets an error row without its bytes. effort: gradient steps that refine
-    each photo's latents (`Codec.compress`), a hundred times slower. progress: called when the work
-    begins, and as shards end.
+    each photo's latents (`Codec.compress`); 8 take some 16 times as long. progress: called when the
+    work begins, and as shards end.
 
     Every object of the sources gets one row, whatever it is. Run again with the same arguments,
     the job goes on where it was, or finds that all is done; new objects make new parts. An object
     that has changed since (size, time or ETag) gets a new row in place of the old one, and the part
     that held it is written again. Objects that are no longer in the sources stay in the archive.
     overwrite: let the new archive take the place of one with other settings or of other objects;
-    the old one can be read until then.
+    the old one can be read until then. moved: the sources have moved since: an object at another
+    URL is the archive's of the same key, even if it has changed, too. Without it that is an error,
+    as folders of one camera have pictures of the same names.
 
     Two jobs on one destination at a time end as one whole archive if their settings are the same:
     the second warns (logger "vaestream") and begins at the other end. They know of each other by
@@ -196,6 +199,7 @@ def compress(
                 exclude=exclude,
                 storage_options=storage_options,
                 overwrite=overwrite,
+                moved=moved,
                 weights=weights,
             )
             codec, place, work = prepared.codec, prepared.place, prepared.work

@@ -88,8 +88,8 @@ def list_sources(
 
     Every file of a folder counts, hidden ones too. Links to files are followed, links to folders
     are not (they may run in a circle); pipes, sockets and devices are no files. Of http(s) only
-    files are taken, as a web server has no reliable listing. `destination` may lie in a source, whose
-    objects are those outside of it, but not a source in the destination.
+    files are taken, as a web server has no reliable listing. `destination` may lie in a source,
+    where it is passed over, but no source in the destination.
 
     A file that is named, or matched by a glob, and holds others, stands for these: members of a tar
     (also compressed) or zip; values of a Parquet file's image column (binary, or a struct with

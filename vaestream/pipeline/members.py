@@ -356,8 +356,8 @@ def _in_tar(file: IO[bytes], name: str) -> Iterator[Found]:
             problem = None
     if problem is not None:
         # Checksums of a compressed one come after what they are of.
-        more = ", and some of these may be damaged" if compressed else ""
-        told = f"the tar is damaged after {count} members{more}, what follows is not read: {problem}"
+        what = f"{count} members, some of which may be, too" if compressed else f"{count} members"
+        told = f"the tar is damaged after {what}, what follows is not read: {problem}"
         yield Found(name.rpartition("/")[2], "", None, problem=told)
 
 

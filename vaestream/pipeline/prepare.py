@@ -41,6 +41,7 @@ def prepare(
     exclude: Sequence[str] = (),
     storage_options: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    moved: bool = False,
     weights: str | os.PathLike[str] | None = None,
     device: str = "cpu",
 ) -> Prepared:
@@ -73,5 +74,5 @@ def prepare(
         storage_options=storage_options,
     )
     cutter = Cutter(place.settings, place.model_id, images=shard_images, max_bytes=shard_bytes)
-    work = place.work(listing, cutter, max_object_bytes=max_object_bytes)
+    work = place.work(listing, cutter, max_object_bytes=max_object_bytes, moved=moved)
     return Prepared(url, settings, codec, place, listing, work)

@@ -54,7 +54,7 @@ def prove(
     right when it was made from the very bytes that the source has now and gives them back (kept
     objects, broken ones too) or decodes to within 0.05 dB of the PSNR that it claims, with the
     metadata that the source has. Works in one process. Errors: SourceError for sources that cannot
-    be listed; all else is in the result.
+    be listed, and where a store fails; all else is in the result.
     """
     listing = list_sources(
         sources,

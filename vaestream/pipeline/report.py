@@ -32,7 +32,7 @@ from vaestream import __version__, images
 from vaestream.archive.layout import column_ranges, read_footer
 from vaestream.archive.manifest import PartInfo, PartStats
 from vaestream.archive.reader import Archive
-from vaestream.archive.storage import RangeFile, file_size, join, open_store, put_bytes
+from vaestream.archive.storage import RangeFile, file_size, join, open_store, put_bytes, remove
 from vaestream.archive.writer import model_path
 from vaestream.errors import DamagedArchiveError, VaestreamError
 from vaestream.pipeline.members import (
@@ -226,8 +226,7 @@ def write_report(
     if out is None:
         fs, root = open_store(archive.url, archive.storage_options)
         path = join(root, REPORT)
-        with suppress(FileNotFoundError):
-            fs.rm_file(path)
+        remove(fs, path)
         where = join(archive.url, REPORT)
     else:
         where = os.fspath(out)

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import pyarrow as pa
@@ -79,12 +79,12 @@ def listed_urls(fs: AbstractFileSystem, path: str, name: str, shown: str) -> Ite
         column = _url_column(file.schema_arrow.names)
         assert column is not None
         for batch in file.iter_batches(_BATCH, columns=[column], use_threads=False):
-            yield from (str(value) for value in batch.column(0).to_pylist() if value)
+            yield from _stripped(map(str, filter(None, batch.column(0).to_pylist())))
         return
     with fs.open(path, "rb") as raw:
         text = io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="")
         if name.lower().endswith(".txt"):
-            yield from (line for line in map(str.strip, text) if line)
+            yield from _stripped(text)
             return
         rows = csv.reader(text, delimiter="\t" if name.lower().endswith(".tsv") else ",")
         names = next(rows, [])
@@ -95,7 +95,12 @@ def listed_urls(fs: AbstractFileSystem, path: str, name: str, shown: str) -> Ite
                 f"{_URL_COLUMNS[-1]}; its first line is {','.join(names)!r}"
             )
         at = names.index(column)
-        yield from (row[at] for row in rows if len(row) > at and row[at])
+        yield from _stripped(row[at] for row in rows if len(row) > at)
+
+
+def _stripped(values: Iterable[str]) -> Iterator[str]:
+    """Without the spaces around them, and those that have nothing else left out."""
+    return filter(None, map(str.strip, values))
 
 
 def _parquet(fs: AbstractFileSystem, path: str) -> pq.ParquetFile:

@@ -7,7 +7,7 @@ from fsspec import AbstractFileSystem
 
 from vaestream.archive.manifest import PartInfo
 from vaestream.archive.storage import join
-from vaestream.errors import DamagedArchiveError
+from vaestream.errors import DamagedArchiveError, SourceError
 from vaestream.pipeline.held import Held, HeldRows
 from vaestream.pipeline.plan import Cutter, Shard, SourceObject
 
@@ -74,10 +74,13 @@ class Growth(Work):
     an object that could not be read, unless its listing tells already that it cannot be now, or has
     more than `max_object_bytes`. Rows of objects that the sources no longer have stay.
 
+    A key may be that of another object in another folder, which must not take its place: what has
+    another version at another URL is an error, unless the sources have `moved`.
+
     listed: parts of the archive; loose: parts that stand beside it since a run was interrupted.
     gone: names of parts of the archive that are no longer there, lost: the keys that they held.
-    Errors: DamagedArchiveError for a part whose keys cannot be read, and at the end for keys that
-    are lost and not among the objects.
+    Errors: SourceError as said; DamagedArchiveError for a part whose keys cannot be read, and at
+    the end for keys that are lost and not among the objects.
     """
 
     def __init__(
@@ -92,9 +95,11 @@ class Growth(Work):
         gone: Sequence[str] = (),
         lost: set[str] | None = None,
         max_object_bytes: int = 1 << 30,
+        moved: bool = False,
     ) -> None:
         super().__init__()
         self._fs, self._root, self._max_object_bytes = fs, root, max_object_bytes
+        self._moved = moved
         self._objects, self._cutter = objects, cutter
         self.dropped = _dropped(listed, loose)
         standing = [part for part in [*listed, *loose] if part.name not in self.dropped]
@@ -137,14 +142,21 @@ class Growth(Work):
                 self.counts.new += 1
                 yield item
             else:
-                self._compare(item, found)
+                self._compare(item, found, self._held)
 
-    def _compare(self, item: SourceObject, held: Held) -> None:
+    def _compare(self, item: SourceObject, held: Held, rows: HeldRows) -> None:
         same = item.version.matches(held.version)
         if same:
             self.counts.unchanged += 1
-        else:
+        elif self._moved or held.was_at(item.url):
             self.counts.changed += 1
+        else:
+            raise SourceError(
+                f"{item.url}: the archive has another object as {item.key!r}, that was "
+                f"{rows.url_of(item.key, held)}: compress this source into an archive of its own, "
+                "or the folder above both anew; if it is what that one has become, say that the "
+                "sources have moved (--moved)"
+            )
         if not same or (held.unread and self._may_be_read(item)):
             self._again.setdefault(held.part.name, []).append(item)
 
@@ -163,7 +175,7 @@ class Growth(Work):
                 rest.append(item)
                 continue
             self.counts.new -= 1
-            self._compare(item, found)
+            self._compare(item, found, self._beside)
         if len(rest) == len(shard.objects):
             return shard
         return self._cutter.shard(rest) if rest else None

@@ -379,7 +379,8 @@ class ArchiveDatasink(Datasink[list[dict[str, Any]]]):
             return []
         decisive = [place.model_id, place.settings, [[row.key, row.source_sha256] for row in rows]]
         part_id = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
-        return [write_part(place.fs, place.root, part_id, rows).to_json()]
+        # What stands is part of the archive that is there until the commit.
+        return [write_part(place.fs, place.root, part_id, rows, replace=False).to_json()]
 
     def _pairs(self, blocks: Iterable[Block]) -> Iterator[tuple[Any, Any]]:
         """Key and image of each row."""
@@ -394,7 +395,8 @@ class ArchiveDatasink(Datasink[list[dict[str, Any]]]):
     def on_write_complete(self, write_result: WriteResult[list[dict[str, Any]]]) -> None:
         """Commit: index and manifest."""
         parts = [PartInfo.from_json(one) for told in write_result.write_returns for one in told]
-        if not self._place.commit(parts):
+        # What an attempt that failed has left is no part of this one.
+        if not self._place.commit(parts, dropped=self._place.names):
             raise ArchiveError(f"{self._place.root}: another job has written there meanwhile")
         self._place.clear()
 

@@ -377,10 +377,12 @@ class ArchiveDatasink(Datasink[list[dict[str, Any]]]):
         )
         if not rows:
             return []
-        decisive = [place.model_id, place.settings, [[row.key, row.source_sha256] for row in rows]]
+        facts = [[r.key, r.source_sha256, r.width, r.height, r.channels] for r in rows]
+        # Parts of the archive that it replaces keep their names to themselves until the commit.
+        over = place.manifest.index_sha256 if place.manifest else None
+        decisive = [place.model_id, place.settings, facts, over]
         part_id = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
-        # What stands is part of the archive that is there until the commit.
-        return [write_part(place.fs, place.root, part_id, rows, replace=False).to_json()]
+        return [write_part(place.fs, place.root, part_id, rows).to_json()]
 
     def _pairs(self, blocks: Iterable[Block]) -> Iterator[tuple[Any, Any]]:
         """Key and image of each row."""

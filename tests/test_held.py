@@ -10,13 +10,16 @@ from fsspec.implementations.local import LocalFileSystem
 from vaestream.archive.manifest import PartInfo
 from vaestream.archive.schema import Row
 from vaestream.archive.writer import write_part
+from vaestream.errors import SourceError
 from vaestream.pipeline import held
 from vaestream.pipeline.held import HeldRows
+from vaestream.pipeline.plan import Cutter, SourceObject, Version
+from vaestream.pipeline.work import Growth
 
 TIME = datetime(2020, 1, 2, tzinfo=UTC)
 
 
-def write(root: Path, name: str, keys: list[str]) -> PartInfo:
+def write(root: Path, name: str, keys: list[str], url: str = "file:///x") -> PartInfo:
     rows = [
         Row(
             key=key,
@@ -24,7 +27,7 @@ def write(root: Path, name: str, keys: list[str]) -> PartInfo:
             codec="source",
             source_size=len(key),
             source_mtime=TIME,
-            source_url="file:///x",
+            source_url=url,
             source_etag=f"e{key}",
             source_sha256=hashlib.sha256(b"x").hexdigest(),
         )
@@ -52,6 +55,45 @@ def test_every_key_is_found_in_any_order(tmp_path: Path, monkeypatch: pytest.Mon
             assert (version.size, version.mtime, version.etag) == (len(key), TIME, f"e{key}")
     assert [rows.find(key) for key in ("", "001", "zz", "\U0001f600")] == [None] * 4
     assert held_rows(tmp_path).find("000") is None
+
+
+@pytest.mark.parametrize(
+    ("url", "same", "other"),
+    [
+        ("file:///in/a.jpg", "file:///in/b/..//a.jpg", "file:///in/b/a.jpg"),
+        ("s3://in/a.jpg", "s3://in/a.jpg", "s3://in//a.jpg"),
+        ("tar://a.jpg::file:///in/x.tar", "tar://a.jpg::file:///in//x.tar", "file:///in/y.tar"),
+        ("https://h/x?at=1", "https://h/x?at=2", "https://h/y?at=1"),
+    ],
+)
+def test_a_place_is_the_same_however_it_is_spelled(
+    tmp_path: Path, url: str, same: str, other: str
+) -> None:
+    rows = held_rows(tmp_path, write(tmp_path, "a", ["k"], url))
+    found = rows.find("k")
+    assert found is not None and rows.url_of("k", found) == url
+    assert found.was_at(url) and found.was_at(same) and not found.was_at(other)
+
+
+def test_what_has_the_same_size_elsewhere_is_another_object(tmp_path: Path) -> None:
+    """Where its store tells neither a time nor an ETag."""
+    part = write(tmp_path, "a", ["k"], "smb://host/one/k")
+
+    def work(folder: str, version: Version, *, moved: bool = False) -> Growth:
+        item = SourceObject("k", 0, "k", f"smb://host/{folder}/k", version)
+        cutter = Cutter({}, "model")
+        growth = Growth(LocalFileSystem(), str(tmp_path), [item], cutter, [part], [], moved=moved)
+        assert list(growth) == []
+        return growth
+
+    for unchanged in (
+        work("one", Version(size=1)),
+        work("two", Version(size=1, mtime=TIME)),
+        work("two", Version(size=1), moved=True),
+    ):
+        assert (unchanged.counts.unchanged, unchanged.parts) == (1, [part])
+    with pytest.raises(SourceError, match=r"two/k: .*another object as 'k', that was smb.*one/k"):
+        work("two", Version(size=1))
 
 
 def test_parts_that_share_a_key_are_named(tmp_path: Path) -> None:

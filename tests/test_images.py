@@ -396,9 +396,10 @@ def test_a_note_that_passes_for_metadata_keeps_the_png(keyword: str) -> None:
     for kind, body in bodies.items():
         note = PngInfo()
         note.add(kind, keyword.encode() + b"\0" + body)
-        data = encoded(picture(), "PNG", pnginfo=note)
-        assert reason(data) == "metadata in PNG text chunks", kind
-        assert np.array_equal(decode_kept(data), np.asarray(picture()))
+        for whole in (picture(), picture().convert("P")):
+            data = encoded(whole, "PNG", pnginfo=note)
+            assert reason(data) == "metadata in PNG text chunks", kind
+            assert np.array_equal(decode_kept(data), np.asarray(whole.convert("RGB")))
 
 
 @pytest.mark.parametrize("tag", [700, 34675])  # XMP, ICC
@@ -407,7 +408,11 @@ def test_metadata_of_an_odd_type_keeps_the_tiff(tag: int, kind: int, value: Any)
     directory = ImageFileDirectory_v2()
     directory.tagtype[tag] = kind
     directory[tag] = value
-    assert reason(encoded(picture(), "TIFF", tiffinfo=directory)) == "metadata of an odd type"
+    directory[ExifTags.Base.Orientation] = 6
+    data = encoded(picture(), "TIFF", tiffinfo=directory)
+    assert reason(data) == "metadata of an odd type"
+    turned = picture().transpose(Image.Transpose.ROTATE_270)
+    assert np.array_equal(decode_kept(data), np.asarray(turned))
 
 
 def test_profiles_for_other_channels_are_kept() -> None:

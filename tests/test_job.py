@@ -187,6 +187,10 @@ def test_a_photo_of_another_folder_takes_no_ones_place(run_here: Run, tmp_path: 
     run_here(first, archive)
     assert files(archive) == before
 
+    again = tmp_path / ".." / tmp_path.name / "100CANON"
+    os.utime(first / "1.png", (1, 1))
+    assert run_here(again, archive).changed == 1
+
     moved = first.rename(tmp_path / "moved")
     assert run_here(moved, archive).up_to_date
     (moved / "2.png").write_bytes(png(9))

@@ -337,6 +337,41 @@ def test_a_damaged_compressed_zip_member_is_an_error_of_its_own(
     assert "cannot be read" in (read(path)["a.png"].error or "")
 
 
+def test_an_odd_zip_is_kept_as_it_is(tmp_path: Path) -> None:
+    """Of a version to come, or with a name that is no UTF-8, though it says so."""
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("\u00fc.png", FILES["a.png"])
+    data = path.read_bytes()
+    entry = data.rindex(b"PK\x01\x02")
+    for at, value in ((entry + 6, 99), (entry + 46, 0xFF)):
+        odd = data[:at] + bytes([value]) + data[at + 1 :]
+        path.write_bytes(odd)
+        assert contents(read(path)) == {"x.zip": odd}
+
+
+def test_bytes_after_a_compressed_tar_are_no_damage(tmp_path: Path) -> None:
+    for packing in ("gz", "bz2", "xz"):
+        path = make_tar(tmp_path / f"x.tar.{packing}", f"w:{packing}")
+        path.write_bytes(path.read_bytes() + b"signed by nobody")
+        assert contents(read(path)) == FILES
+
+
+def test_damaged_names_in_parquet_are_told(tmp_path: Path) -> None:
+    cells = [{"bytes": png(i), "path": f"{i}.png"} for i in range(4)]
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"image": cells}), path, row_group_size=2, compression="gzip")
+    column = pq.ParquetFile(path).metadata.row_group(1).column(1)
+    assert column.path_in_schema == "image.path"
+    data = bytearray(path.read_bytes())
+    start = column.dictionary_page_offset or column.data_page_offset
+    data[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
+    path.write_bytes(data)
+    found = read(path)
+    assert found["0.png"].data == png(0) and found["1.png"].data == png(1)
+    assert "damaged after 2 rows" in (found["x.parquet"].error or "")
+
+
 def test_a_tar_cut_in_its_first_block_is_kept_as_it_is(tmp_path: Path) -> None:
     path = make_tar(tmp_path / "cut.tar.gz", "w:gz")
     data = path.read_bytes()[:40]
@@ -429,7 +464,8 @@ def test_a_list_stands_for_what_it_names(tmp_path: Path, kind: str) -> None:
     else:
         separator = "," if kind == "csv" else "\t"
         rows = zip("n0123", ["URL", *urls[:4]], strict=True)
-        path.write_text("\n".join(f"{separator} ".join(row) for row in rows))
+        quoted = ([f'"{value}"' for value in row] for row in rows)
+        path.write_text("\n".join(f"{separator} ".join(row) for row in quoted))
     found = contents(read(path))
     elsewhere = f"{other}/d.png".lstrip("/")
     expected = {"sub/c.png": b"sub/c.png", "a b.png": b"a b.png", elsewhere: b"d.png"}

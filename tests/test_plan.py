@@ -231,17 +231,26 @@ def test_files_that_would_share_a_key_are_told_of_at_once(tmp_path: Path) -> Non
         list_sources([str(tmp_path)])
 
 
-def test_the_destination_is_no_source(tmp_path: Path) -> None:
+def test_the_destination_is_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "x.jpg", "archive/part-1.parquet", "archive-of-mine/y.jpg")
     link = tmp_path.parent / f"{tmp_path.name}-link"
     link.symlink_to(tmp_path)
     for destination in (tmp_path / "archive", link / "archive"):
         listing = list_sources([str(tmp_path)], destination=str(destination))
         assert keys(listing) == ["archive-of-mine/y.jpg", "x.jpg"]
-    for source in ("", "archive-of-mine", "archive-of-mine/y.jpg", "archive-of-mine/*", "arch*"):
+    with pytest.raises(SourceError, match="lies in the destination"):
+        list_sources([str(tmp_path)], destination=str(link))
+    listing = list_sources(
+        [str(path) for path in sorted(tmp_path.iterdir())], destination=str(tmp_path / "archive")
+    )
+    assert sorted(keys(listing)) == ["x.jpg", "y.jpg"]
+    for source in ("archive-of-mine", "archive-of-mine/y.jpg", "archive-of-mine/*", "arch*"):
         place = str(tmp_path / source)
         with pytest.raises(SourceError, match=f"{re.escape(place)}: lies in the destination"):
             list_sources([__file__, place], destination=str(link))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path.parent / "list.txt").write_text("https://host/a.jpg\n")
+    assert keys(list_sources(["../list.txt"], destination=".")) == ["host/a.jpg"]
     (tmp_path.parent / "list.txt").write_text(f"{tmp_path}/x.jpg\n")
     with pytest.raises(SourceError, match=r"x.jpg: lies in the destination"):
         keys(list_sources([str(tmp_path.parent / "list.txt")], destination=str(tmp_path)))

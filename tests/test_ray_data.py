@@ -209,7 +209,7 @@ def test_an_attempt_that_failed_leaves_no_parts(
     """Readers of all of `part-*.parquet` would see them."""
     url = str(tmp_path / "archive")
     twice = ray.data.from_items([{"key": "a", "image": pixels(i)} for i in (1, 2)]).repartition(2)
-    with pytest.raises(Exception, match="a"):
+    with pytest.raises(Exception, match=r"'a'|key a|a.* twice"):
         write_archive(twice, url, weights=str(weights))
     assert list((tmp_path / "archive").glob("part-*"))
     write_archive(

@@ -336,12 +336,9 @@ def _open(data: bytes, container: Container) -> ImageFile:
 def _read(image: ImageFile, container: Container, max_pixels: int) -> Photo | Kept | Broken:
     image_format, size = container.format, image.size
     frames = int(getattr(image, "n_frames", 1))
-    # Tags of a TIFF may have any type, and Pillow's own reader stumbles over those.
-    odd = [key for key in ("xmp", "icc_profile") if not _is_bytes(image.info.get(key))]
-    for key in odd:
-        del image.info[key]
+    is_odd = _forget_odd(image)
     image.load()
-    reason = _reason(image, container, frames) or ("metadata of an odd type" if odd else None)
+    reason = _reason(image, container, frames) or ("metadata of an odd type" if is_odd else None)
     if reason is not None:
         # Kept or broken? All frames tell, unless there are more than a photo may have pixels.
         if frames > 1 and frames * size[0] * size[1] <= max_pixels:
@@ -372,8 +369,18 @@ def _read(image: ImageFile, container: Container, max_pixels: int) -> Photo | Ke
     return Photo(_to_array(upright), image_format, exif, xmp, icc)
 
 
-def _is_bytes(value: object) -> bool:
-    return value is None or isinstance(value, bytes)
+def _forget_odd(image: Image.Image) -> bool:
+    """Forget what only passes for metadata: Pillow's own readers stumble over it. Whether there was
+    any. Tags of a TIFF may have any type, and a PNG's notes any name."""
+    kinds: dict[str, type | tuple[type, ...]] = {
+        **dict.fromkeys(("exif", "xmp", "icc_profile"), bytes),
+        "transparency": (bytes, int, tuple),
+    }
+    found = {key: image.info.get(key) for key in kinds}
+    odd = [key for key, one in found.items() if not (one is None or isinstance(one, kinds[key]))]
+    for key in odd:
+        del image.info[key]
+    return bool(odd)
 
 
 def _reason(image: ImageFile, container: Container, frames: int) -> str | None:
@@ -485,7 +492,9 @@ def decode_kept(data: bytes, *, name: str = "") -> Pixels:
         if isinstance(photo, Photo):
             return photo.pixels
         with Image.open(io.BytesIO(data)) as image:
+            _forget_odd(image)
             image.load()
+            _forget_odd(image)  # a PNG's notes may come last
             method = _UPRIGHT.get(_pillow_orientation(image))
             return to_8bit(image if method is None else image.transpose(method))
     except Exception as error:  # each of Pillow's formats has errors of its own
@@ -513,8 +522,7 @@ def to_8bit(image: Image.Image) -> Pixels:
         raise ValueError("floating point has no 8-bit levels")
     if image.mode.startswith("I"):
         return np.asarray(np.clip(np.asarray(image), 0, 65535) >> 8, np.uint8)
-    # Of a PNG, a mere note may have that name.
-    if "A" in image.getbands() or not isinstance(image.info.get("transparency", ""), str):
+    if "A" in image.getbands() or "transparency" in image.info:
         over = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
     if image.mode not in ("L", "RGB"):

@@ -250,7 +250,7 @@ def staged(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[str]:
     """
     local = isinstance(fs, LocalFileSystem)
     parent, name = path.rsplit("/", 1)
-    done = "written" if local else f"written in {tempfile.gettempdir()} first"
+    done = "written"
     temporary: str | None = None
     try:
         if local:
@@ -258,6 +258,7 @@ def staged(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[str]:
             temporary = join(parent, _temporary_name(name))
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         else:
+            done = f"written in {tempfile.gettempdir()} first"
             handle, temporary = tempfile.mkstemp(_TEMPORARY_SUFFIX, _TEMPORARY_PREFIX)
             os.close(handle)
         yield temporary

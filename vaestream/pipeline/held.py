@@ -1,5 +1,6 @@
 """Keys and versions of the rows that stand in a destination."""
 
+import posixpath
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +48,18 @@ class Held:
 
     def was_at(self, url: str) -> bool:
         """Whether it was read from there."""
-        return hash(url) == self.place
+        return _place(url) == self.place
+
+
+def _place(url: str) -> int:
+    """A number for where an object, or the container of it, lies, however its URL is spelled or
+    signed. Of this process alone."""
+    place = url.rpartition("::")[2]
+    if place.startswith(("http://", "https://")):
+        place = place.partition("?")[0]
+    elif place.startswith("file:"):
+        place = posixpath.normpath(place)
+    return hash(place)
 
 
 class HeldRows:
@@ -117,7 +129,7 @@ class HeldRows:
         facts = zip(table["error"].to_pylist(), table["num_bytes"].to_pylist(), strict=True)
         unread = pa.array([is_unread(*one) for one in facts], pa.bool_())
         # Of a URL, as much as tells it from others: there may be millions.
-        place = pa.array(map(hash, table["source_url"].to_pylist()), pa.int64())
+        place = pa.array(map(_place, table["source_url"].to_pylist()), pa.int64())
         part = pa.array([number] * len(table), pa.int32())
         table = table.append_column("unread", unread).append_column("part", part)
         table = table.append_column("place", place)

@@ -88,8 +88,9 @@ def list_sources(
 
     Every file of a folder counts, hidden ones too. Links to files are followed, links to folders
     are not (they may run in a circle); pipes, sockets and devices are no files. Of http(s) only
-    files are taken, as a web server has no reliable listing. `destination` may lie in a source,
-    where it is passed over, but no source in the destination.
+    files are taken, as a web server has no reliable listing. `destination` may lie in a source, or
+    be one of several (as a shell's `photos/*` has it): it is passed over. No other source may lie
+    in it.
 
     A file that is named, or matched by a glob, and holds others, stands for these: members of a tar
     (also compressed) or zip; values of a Parquet file's image column (binary, or a struct with
@@ -120,15 +121,16 @@ def list_sources(
     for fs in {id(source.fs): source.fs for source in found}.values():
         # A listing of an earlier run in this process would hide what is new.
         fs.invalidate_cache()
-    barriers = [_barrier(source.fs, destination, storage_options) for source in found]
-    for source, barrier in zip(found, barriers, strict=True):
+    barrier = _Barrier(destination, storage_options)
+    found = [source for source in found if not barrier.stands_at(source.fs, source.path)] or found
+    for source in found:
         # A list's own place says nothing of what it names.
         place = source.folder if source.kind == "glob" else source.path
-        if source.kind != "list" and _is_barred(source.fs, place, barrier):
+        if source.kind != "list" and barrier.bars(source.fs, place):
             raise _barred(shown_url(source.text))
     listing = Listing()
     listing._objects = _objects(
-        listing, found, _prefixes(found), barriers, include, exclude, storage_options
+        listing, found, _prefixes(found), barrier, include, exclude, storage_options
     )
     return listing
 
@@ -137,7 +139,7 @@ def _objects(
     listing: Listing,
     sources: Sequence[_Source],
     prefixes: Sequence[str],
-    barriers: Sequence[str | None],
+    barrier: "_Barrier",
     include: Sequence[str],
     exclude: Sequence[str],
     storage_options: Mapping[str, Any] | None,
@@ -145,9 +147,9 @@ def _objects(
     places: set[bytes] = set()
     keys: set[bytes] = set()
     count = 0
-    for source, prefix, barrier in zip(sources, prefixes, barriers, strict=True):
+    for source, prefix in zip(sources, prefixes, strict=True):
         for item in _items(listing, source, exclude, storage_options):
-            if _is_barred(source.fs, item.path, barrier):
+            if barrier.bars(listing.stores[item.store], item.path):
                 if source.kind == "list":
                     raise _barred(item.url)
                 continue
@@ -269,7 +271,7 @@ def _globbed(listing: Listing, source: _Source, exclude: Sequence[str]) -> Itera
     )
     if not matches:
         raise SourceError(f"{shown_url(source.text)}: no file or folder matches")
-    cut = len(base) + 1 if base else 0
+    cut = len(base.rstrip("/")) + 1 if base else 0
     for path, info in matches.items():
         if info["type"] == "directory":
             yield from _plain(listing, fs, base, walk(fs, path, exclude))
@@ -400,26 +402,28 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).digest()
 
 
-def _barrier(
-    fs: AbstractFileSystem, destination: str | None, storage_options: Mapping[str, Any] | None
-) -> str | None:
-    """The destination's path in `fs`, or None where it lies in another store."""
-    if destination is None or protocol_of(destination) not in protocols_of(fs):
-        return None
-    target, path = store_of(destination, storage_options)
-    return _real(target, path)
+class _Barrier:
+    """The destination, whose files are no objects."""
+
+    def __init__(self, destination: str | None, storage_options: Mapping[str, Any] | None) -> None:
+        self._protocol = None if destination is None else protocol_of(destination)
+        self._place = ""
+        if destination is not None:
+            self._place = _real(*store_of(destination, storage_options)).rstrip("/")
+
+    def stands_at(self, fs: AbstractFileSystem, path: str) -> bool:
+        """Whether it is this very folder."""
+        return self._protocol in protocols_of(fs) and _real(fs, path).rstrip("/") == self._place
+
+    def bars(self, fs: AbstractFileSystem, path: str) -> bool:
+        """Whether it is this folder, or one above."""
+        if self._protocol not in protocols_of(fs):
+            return False
+        return f"{_real(fs, path)}/".startswith(f"{self._place}/")
 
 
 def _real(fs: AbstractFileSystem, path: str) -> str:
     return os.path.realpath(path) if "file" in protocols_of(fs) else path
-
-
-def _is_barred(fs: AbstractFileSystem, path: str, barrier: str | None) -> bool:
-    """Whether the path is that of the destination, or of something in it."""
-    if barrier is None:
-        return False
-    real = _real(fs, path)
-    return real == barrier or real.startswith(barrier.rstrip("/") + "/")
 
 
 def _barred(url: str) -> SourceError:
@@ -433,7 +437,8 @@ def _base(pattern: str) -> str:
     """The last folder of a glob without a wildcard."""
     start = _MAGIC.search(pattern)
     assert start is not None
-    return pattern[: start.start()].rpartition("/")[0]
+    folder, slash, _ = pattern[: start.start()].rpartition("/")
+    return folder or slash
 
 
 def _last(path: str) -> str:

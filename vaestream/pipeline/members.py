@@ -8,6 +8,7 @@ import gzip
 import io
 import lzma
 import os
+import struct
 import tarfile
 import tempfile
 import threading
@@ -49,8 +50,9 @@ _DAMAGED_ZIP = (
     EOFError,
     zlib.error,
     lzma.LZMAError,
+    ValueError,  # names that are no text, too
+    struct.error,
 )
-
 
 _DAMAGED_TAR = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
 """What the store raises is an ArchiveError where these are caught (`_open`), or one of no file."""
@@ -88,8 +90,7 @@ def list_members(fs: AbstractFileSystem, path: str, name: str) -> Iterator[Found
     last entry that says so. Raises what the store raises.
     """
     if is_parquet(name):
-        for key, cell in image_cells(fs, path):
-            yield Found(key, "", cell)
+        yield from _in_parquet(fs, path, name)
         return
     is_stream = name.lower().endswith(_PACKED_TAR_ENDINGS)
     with _as_the_store_tells(), _open(fs, path, is_stream=is_stream) as file:
@@ -371,15 +372,33 @@ def _end(tar: tarfile.TarFile, *, compressed: bool) -> str | None:
     block = tar.fileobj.read(tarfile.BLOCKSIZE)
     if any(block):
         return "bad header"
-    while compressed and tar.fileobj.read(_BLOCK_BYTES):
-        pass
+    try:
+        while compressed and tar.fileobj.read(_BLOCK_BYTES):
+            pass
+    except gzip.BadGzipFile as error:
+        # What is no gzip any more after the end is nothing, to bz2, lzma and gzip's program, too.
+        if not str(error).startswith("Not a gzipped file"):
+            raise
     return None
+
+
+def _in_parquet(fs: AbstractFileSystem, path: str, name: str) -> Iterator[Found]:
+    count = 0
+    try:
+        for key, cell in image_cells(fs, path):
+            yield Found(key, "", cell)
+            count += 1
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        told = f"the Parquet file is damaged after {count} rows, what follows is not read: {error}"
+        yield Found(name.rpartition("/")[2], "", None, problem=told)
 
 
 def _in_zip(file: IO[bytes], name: str) -> Iterator[Found]:
     try:
         archive = zipfile.ZipFile(file)
-    except zipfile.BadZipFile:
+    except _DAMAGED_ZIP:
         yield Found(name.rpartition("/")[2], "", None)
         return
     with archive:

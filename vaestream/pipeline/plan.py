@@ -31,6 +31,10 @@ class Version:
             return self.etag == other.etag
         return self.mtime is None or other.mtime is None or self.mtime == other.mtime
 
+    def can_tell_from(self, other: "Version") -> bool:
+        """Whether both sides know more than the size, which another object may have, too."""
+        return None not in (self.etag, other.etag) or None not in (self.mtime, other.mtime)
+
 
 @dataclass(frozen=True, slots=True)
 class Span:

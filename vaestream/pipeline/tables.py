@@ -86,7 +86,8 @@ def listed_urls(fs: AbstractFileSystem, path: str, name: str, shown: str) -> Ite
         if name.lower().endswith(".txt"):
             yield from _stripped(text)
             return
-        rows = csv.reader(text, delimiter="\t" if name.lower().endswith(".tsv") else ",")
+        separator = "\t" if name.lower().endswith(".tsv") else ","
+        rows = csv.reader(text, delimiter=separator, skipinitialspace=True)
         names = next(rows, [])
         column = _url_column(names)
         if column is None:

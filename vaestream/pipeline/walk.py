@@ -7,6 +7,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -148,9 +149,11 @@ def _is_excluded(folder: str, exclude: Sequence[str]) -> bool:
 
 
 def version_of(info: Info) -> Version:
-    """Stores name these differently: local mtime, S3 LastModified and ETag, GCS updated, ..."""
+    """Stores name these differently: local mtime, S3 LastModified and ETag, GCS updated, the web's
+    Last-Modified, ..."""
     lower = {name.lower(): value for name, value in info.items()}
-    times = (lower.get(name) for name in ("mtime", "lastmodified", "last_modified", "updated"))
+    names = ("mtime", "lastmodified", "last_modified", "last-modified", "updated")
+    times = (lower.get(name) for name in names)
     etag = next((lower[name] for name in ("etag", "md5hash") if lower.get(name)), None)
     return Version(
         size=None if lower.get("size") is None else int(lower["size"]),
@@ -164,7 +167,7 @@ def _utc(value: object) -> datetime | None:
         return utc(value)
     if isinstance(value, str):
         try:
-            value = datetime.fromisoformat(value)
+            value = parsedate_to_datetime(value) if "," in value else datetime.fromisoformat(value)
         except ValueError:
             return None
     if not isinstance(value, datetime):

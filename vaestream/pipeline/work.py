@@ -74,8 +74,9 @@ class Growth(Work):
     an object that could not be read, unless its listing tells already that it cannot be now, or has
     more than `max_object_bytes`. Rows of objects that the sources no longer have stay.
 
-    A key may be that of another object in another folder, which must not take its place: what has
-    another version at another URL is an error, unless the sources have `moved`.
+    A key may be that of another object in another folder, which must not take its place: what lies
+    at another URL is an error, unless time or ETag say that it is the same, or the sources have
+    `moved`.
 
     listed: parts of the archive; loose: parts that stand beside it since a run was interrupted.
     gone: names of parts of the archive that are no longer there, lost: the keys that they held.
@@ -146,17 +147,18 @@ class Growth(Work):
 
     def _compare(self, item: SourceObject, held: Held, rows: HeldRows) -> None:
         same = item.version.matches(held.version)
-        if same:
-            self.counts.unchanged += 1
-        elif self._moved or held.was_at(item.url):
-            self.counts.changed += 1
-        else:
+        is_it = self._moved or held.was_at(item.url)
+        if not is_it and not (same and item.version.can_tell_from(held.version)):
             raise SourceError(
                 f"{item.url}: the archive has another object as {item.key!r}, that was "
                 f"{rows.url_of(item.key, held)}: compress this source into an archive of its own, "
                 "or the folder above both anew; if it is what that one has become, say that the "
                 "sources have moved (--moved)"
             )
+        if same:
+            self.counts.unchanged += 1
+        else:
+            self.counts.changed += 1
         if not same or (held.unread and self._may_be_read(item)):
             self._again.setdefault(held.part.name, []).append(item)
 

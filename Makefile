@@ -1,4 +1,5 @@
-# The CPU build of torch where one is to be had; `make TORCH=torch` takes the index's default build.
+# The CPU build where pip's index has one. PyPI's for Linux is that for CUDA, of gigabytes: set
+# PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds to do without. TORCH=torch takes the newest.
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -33,7 +34,7 @@ test: lint
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
-# Every number of docs/model-card.md: make numbers KODAK=folder of the 24 Kodak photos
+# What docs/model-card.md says that was measured: make numbers KODAK=folder of the 24 Kodak photos
 numbers: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check pillow-jxl-plugin
 	$(BIN)/python benchmarks/complexity.py

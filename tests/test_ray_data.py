@@ -22,6 +22,7 @@ from vaestream.connectors.ray_data import (
     write_archive,
 )
 from vaestream.errors import ArchiveError
+from vaestream.pipeline.report import write_report
 
 NAMES = [f"{i:02}.png" for i in range(12)]
 GRAY = [f"gray-{i}.png" for i in range(3)]
@@ -198,6 +199,11 @@ def test_an_archive_is_not_written_over_unasked(
     write_archive(rows, url, weights=str(weights))
     with pytest.raises(ArchiveError, match="stands there already"):
         write_archive(rows, url, weights=str(weights))
+    report = Path(write_report(vaestream.open(url)))
+    turned = ray.data.from_items([{"key": "a", "image": pixels(1).reshape(96, 72, 3)}])
+    write_archive(turned, url, weights=str(weights), overwrite=True)
+    assert vaestream.open(url).row("a").width == 72
+    assert not report.exists()  # it told of the other archive
     more = ray.data.from_items([{"key": "b", "image": pixels(2)}])
     write_archive(more, url, weights=str(weights), overwrite=True)
     assert list(vaestream.open(url)) == ["b"]

@@ -25,6 +25,8 @@ from vaestream.archive.storage import (
 from vaestream.errors import ArchiveError, DamagedArchiveError
 
 MANIFEST = "manifest.json"
+REPORT = "report.html"
+"""For people, beside the archive and no part of it."""
 _FORMAT = "vaestream archive"
 
 

@@ -45,8 +45,9 @@ def _compress_arguments(parser: argparse.ArgumentParser) -> None:
         "sources",
         nargs="+",
         metavar="SRC",
-        help="file, folder (recursive), glob or fsspec URL; a tar, zip, Parquet or list file that "
-        "is named stands for what it holds",
+        help="file, folder (recursive), glob or fsspec URL; a tar, zip or Parquet file of pictures "
+        "that is named or matched stands for what it holds, a list of URLs where only lists are "
+        "named",
     )
     add("destination", metavar="DST", help="folder or fsspec URL of the archive")
     rate = parser.add_mutually_exclusive_group()
@@ -76,11 +77,20 @@ def _compress_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="objects a part at most (256)",
     )
-    add("--verify", choices=("none", "sample", "all"), default="sample")
+    add(
+        "--verify",
+        choices=("none", "sample", "all"),
+        default="sample",
+        help="bitstreams that are decoded again before they are written (sample: one in 16)",
+    )
     add("--include", action="append", default=[], metavar="GLOB", help="take only these")
     add("--exclude", action="append", default=[], metavar="GLOB", help="leave these out")
     add("--address", metavar="RAY", help="Ray cluster; default: RAY_ADDRESS, or a local Ray")
-    add("--overwrite", action="store_true", help="replace an archive with other settings")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="make the archive anew, of these sources alone: rows of other objects are lost",
+    )
     add(
         "--moved",
         action="store_true",
@@ -92,7 +102,7 @@ def _compress_arguments(parser: argparse.ArgumentParser) -> None:
         type=at_least_1,
         default=256_000_000,
         metavar="N",
-        help="refuse larger pictures",
+        help="keep the source of larger pictures (256000000)",
     )
     _largest_object_argument(parser)
     add(
@@ -158,12 +168,14 @@ def _extract_arguments(parser: argparse.ArgumentParser) -> None:
         help="of decoded photos (default png); source: as their sources. Kept sources come out "
         "byte for byte",
     )
-    add("--region", type=region, metavar="X,Y,W,H", help="pixels of each photo to decode")
+    add(
+        "--region", type=region, metavar="X,Y,W,H", help="pixels of each compressed photo to decode"
+    )
     add(
         "--max-size",
         type=at_least_1,
         metavar="N",
-        help="shrink photos to N pixels on the longer side",
+        help="shrink compressed photos to N pixels on the longer side",
     )
     add(
         "--workers",
@@ -236,7 +248,7 @@ def _largest_object_argument(parser: argparse.ArgumentParser) -> None:
         type=at_least_1,
         default=1 << 30,
         metavar="N",
-        help="refuse larger objects",
+        help="larger objects get an error row, without their bytes (1073741824)",
     )
 
 

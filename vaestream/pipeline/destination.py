@@ -18,6 +18,7 @@ from fsspec import AbstractFileSystem
 from vaestream.archive.index import INDEX, build_index, load_index
 from vaestream.archive.manifest import (
     MANIFEST,
+    REPORT,
     Manifest,
     PartInfo,
     read_manifest,
@@ -179,7 +180,7 @@ class Destination:
         alone: Callable[[], bool] = lambda: True,
     ) -> bool:
         """Make an archive of `parts`: the index, then the manifest, then clear away what is no
-        longer part of it, `dropped` too.
+        longer part of it, `dropped` too. A report of what stood here goes first.
 
         alone: whether no other job is at work on this destination now; one that is keeps its files.
         False, and nothing is done, where another job has committed or removed parts meanwhile that
@@ -195,6 +196,8 @@ class Destination:
         if standing is None:
             return False
         parts = standing
+        # It tells of the archive that stood here, and a kill may come before the next one.
+        remove(self.fs, join(self.root, REPORT))
         index_sha256 = build_index(self.fs, self.root, [part.name for part in parts])
         manifest = write_manifest(
             self.fs,
@@ -303,7 +306,8 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     if found["model_id"] != wanted["model_id"]:
         return (
             f"the archive there was made with model {str(found['model_id'])[:12]}, this is "
-            f"{wanted['model_id'][:12]}; choose another destination, or overwrite"
+            f"{wanted['model_id'][:12]}; take its own (weights: models/"
+            f"{found['model_id']}.safetensors in it), choose another destination, or overwrite"
         )
     have, want = found["settings"], wanted["settings"]
     names = [name for name in sorted({*have, *want}) if have.get(name) != want.get(name)]

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
-from vaestream.archive.manifest import Manifest, PartInfo, PartStats
+from vaestream.archive.manifest import REPORT, Manifest, PartInfo, PartStats
 from vaestream.archive.reader import open_archive
 from vaestream.archive.schema import MAX_VALUE_BYTES
-from vaestream.archive.storage import exists, join, remove
+from vaestream.archive.storage import exists, join
 from vaestream.archive.writer import part_id_of
 from vaestream.errors import ArchiveError, VaestreamError
 from vaestream.pipeline.cluster import (
@@ -28,7 +28,7 @@ from vaestream.pipeline.cluster import (
 from vaestream.pipeline.compressor import Settings, Verify
 from vaestream.pipeline.lease import Lease
 from vaestream.pipeline.prepare import Paths, Prepared, prepare
-from vaestream.pipeline.report import REPORT, Moment, Run, write_report
+from vaestream.pipeline.report import Moment, Run, write_report
 from vaestream.pipeline.stores import options_for
 from vaestream.pipeline.work import Counts, Work
 from vaestream.pipeline.worker import Made, PackedShard, WorkerSpec
@@ -232,8 +232,6 @@ def compress(
             replaced = {part.replaces for part in made}
             made = [part for part in made if part.name not in replaced]
             with lease.turn():
-                # It tells of the archive that stood here, and a kill may come before the next one.
-                remove(place.fs, join(place.root, REPORT))
                 parts = [*work.parts, *made]
                 if place.commit(parts, dropped=work.dropped, alone=lease.alone):
                     break

@@ -30,7 +30,7 @@ from PIL import Image
 
 from vaestream import __version__, images
 from vaestream.archive.layout import column_ranges, read_footer
-from vaestream.archive.manifest import PartInfo, PartStats
+from vaestream.archive.manifest import REPORT, PartInfo, PartStats
 from vaestream.archive.reader import Archive
 from vaestream.archive.storage import RangeFile, file_size, join, open_store, put_bytes, remove
 from vaestream.archive.writer import model_path
@@ -46,8 +46,6 @@ from vaestream.pipeline.plan import SourceObject, Version
 from vaestream.pipeline.stores import store_of
 from vaestream.pipeline.walk import name_of
 from vaestream.urls import protocol_of
-
-REPORT = "report.html"
 
 WORST = 12
 """Photos of the lowest PSNR that are shown."""

@@ -633,6 +633,24 @@ def test_a_lost_index_or_model_is_made_again(run_here: Run, tmp_path: Path) -> N
     assert files(archive) == before
 
 
+def test_an_archive_goes_on_with_its_own_model(run_here: Run, tmp_path: Path) -> None:
+    """After an update that ships other weights, say."""
+    source = fill(tmp_path / "source", ["a.png", "b.png"])
+    archive = tmp_path / "archive"
+    run_here(source, archive)
+    before = vaestream.open(str(archive)).manifest.model_id
+    assert run_here(source, archive, weights=None).up_to_date
+    fill(source, ["c.png"], 3)
+    assert run_here(source, archive, weights=None).objects == 3
+    assert vaestream.open(str(archive)).manifest.model_id == before
+    shipped = Path(vaestream.__file__).parent / "codec" / "weights" / "vaestream.safetensors"
+    with pytest.raises(SettingsMismatchError, match="made with model"):
+        run_here(source, archive, weights=shipped)
+    run_here(source, archive, weights=None, overwrite=True)
+    assert vaestream.open(str(archive)).manifest.model_id != before
+    assert verify(str(archive)) == []
+
+
 def test_two_pools_meet_and_each_part_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     pools = plan_pools([{"CPU": 2.0, "GPU": 1.0}], shards=9, workers=2, gpus_per_worker=1.0)
     assert len(pools) == 2

@@ -96,7 +96,11 @@ def _compress_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the sources have moved: what has changed, too, is still the same object",
     )
-    add("--weights", metavar="W", help="model other than the shipped one, a path or URL")
+    add(
+        "--weights",
+        metavar="W",
+        help="model, a path or URL (the archive's own, else the shipped one)",
+    )
     add(
         "--max-pixels",
         type=at_least_1,

@@ -283,6 +283,17 @@ class Destination:
             return [part for part in found if part is not None]
 
 
+def model_at(fs: AbstractFileSystem, root: str) -> str | None:
+    """Id of the model of what stands in a folder: of a job that has not ended, else of an archive.
+
+    Raises ArchiveError where its record or manifest cannot be read.
+    """
+    record = _read_record(fs, root)
+    if record is not None:
+        return record.model_id
+    return read_manifest(fs, root).model_id if MANIFEST in list_names(fs, root) else None
+
+
 @dataclass(frozen=True, slots=True)
 class _Record:
     """What a running job does. over: index_sha256 of the archive that it replaces, if it does."""
@@ -306,8 +317,7 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     if found["model_id"] != wanted["model_id"]:
         return (
             f"the archive there was made with model {str(found['model_id'])[:12]}, this is "
-            f"{wanted['model_id'][:12]}; take its own (weights: models/"
-            f"{found['model_id']}.safetensors in it), choose another destination, or overwrite"
+            f"{wanted['model_id'][:12]}; choose another destination, or overwrite"
         )
     have, want = found["settings"], wanted["settings"]
     names = [name for name in sorted({*have, *want}) if have.get(name) != want.get(name)]

@@ -146,10 +146,10 @@ def compress(
     named by an address, nodes that join in mid job get workers too, as far as `workers` allows.
     verify: which bitstreams are decoded again before they are written. address: of a Ray cluster;
     without it the environment's RAY_ADDRESS counts, then a Ray of this process, and else one is
-    started here and ended with the job. weights: other than the shipped ones. An object of more
-    than max_object_bytes gets an error row without its bytes. effort: gradient steps that refine
-    each photo's latents (`Codec.compress`); 8 take some 16 times as long. progress: called when the
-    work begins, and as shards end.
+    started here and ended with the job. weights: the archive's own when nothing is said, of a new
+    archive the shipped ones. An object of more than max_object_bytes gets an error row without its
+    bytes. effort: gradient steps that refine each photo's latents (`Codec.compress`); 8 take some
+    16 times as long. progress: called when the work begins, and as shards end.
 
     Every object of the sources gets one row, whatever it is. Run again with the same arguments,
     the job goes on where it was, or finds that all is done; new objects make new parts. An object

@@ -5,10 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fsspec import AbstractFileSystem
+
+from vaestream.archive.reader import load_codec
+from vaestream.archive.storage import exists
+from vaestream.archive.writer import model_path
 from vaestream.codec import Codec
 from vaestream.errors import VaestreamError
 from vaestream.pipeline.compressor import Settings
-from vaestream.pipeline.destination import Destination
+from vaestream.pipeline.destination import Destination, model_at
 from vaestream.pipeline.listing import Listing, list_sources
 from vaestream.pipeline.plan import Cutter
 from vaestream.pipeline.stores import options_for, store_of
@@ -54,14 +59,17 @@ def prepare(
     listed = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
     url = os.fspath(destination)
     fs, path = store_of(url, storage_options)
+    root = path.rstrip("/")
     codec = Codec.load(
         weights,
         device=device,
         storage_options=None if weights is None else options_for(str(weights), storage_options),
     )
+    if weights is None and not overwrite:
+        codec = _with_model_at(fs, root, codec, device)
     place = Destination.open(
         fs,
-        path.rstrip("/"),
+        root,
         settings=settings.to_json(),
         model_id=codec.model_id,
         overwrite=overwrite,
@@ -76,3 +84,12 @@ def prepare(
     cutter = Cutter(place.settings, place.model_id, images=shard_images, max_bytes=shard_bytes)
     work = place.work(listing, cutter, max_object_bytes=max_object_bytes, moved=moved)
     return Prepared(url, settings, codec, place, listing, work)
+
+
+def _with_model_at(fs: AbstractFileSystem, root: str, codec: Codec, device: str) -> Codec:
+    """`codec`, or where an archive stands the one that it was made with, so that it goes on after
+    an update too."""
+    model_id = model_at(fs, root)
+    if model_id in (None, codec.model_id) or not exists(fs, model_path(root, str(model_id))):
+        return codec
+    return load_codec(fs, root, str(model_id), device=device)

@@ -22,7 +22,7 @@ from vaestream.codec.convolution import _works
 from vaestream.codec.entropy import write_varint
 from vaestream.codec.exact import ExactScaleBranch
 from vaestream.codec.hardware import multiplies_int8
-from vaestream.codec.rate_control import solve_quality
+from vaestream.codec.rate_control import sample_patches, solve_quality
 from vaestream.codec.weights_file import export_weights, import_weights
 from vaestream.errors import BitstreamError, ModelMismatchError, VaestreamError, WeightsError
 
@@ -150,6 +150,12 @@ def test_target_psnr_is_reached_at_little_more(codec: Codec) -> None:
     assert middle is not None
     encoded = codec.compress(image, target_psnr=middle)
     assert encoded.psnr is not None and middle <= encoded.psnr < middle + 0.2
+
+
+def test_patches_of_a_panorama_are_different_ones() -> None:
+    panorama = np.arange(512 * 20000, dtype=np.uint32).reshape(512, 20000)
+    patches = sample_patches(panorama, side=512, count=3)
+    assert [int(patch[0, 0]) for patch in patches] == [0, 9744, 19488]
 
 
 def test_a_search_goes_on_from_a_picture_that_is_exact() -> None:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from archive_samples import commit, row, stand_in
 from archive_samples import png as png_of
+from fsspec.implementations.local import LocalFileSystem
 from photos import fill, pixels, png
 from PIL import Image
 from without_ray import without_ray
@@ -287,6 +288,17 @@ def test_the_command_makes_it_again(
     assert "Made from the archive alone" in Page((archive / "report.html").read_text()).text
     assert cli.main(["report", str(tmp_path / "nowhere")]) == cli.ERROR
     assert verify(str(archive)) == []
+
+
+def test_a_store_that_lets_nothing_be_removed_is_named(
+    archive: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(fs: LocalFileSystem, path: str) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(LocalFileSystem, "rm_file", refuse)
+    assert cli.main(["report", str(archive)]) == cli.ERROR
+    assert "report.html: cannot be removed: NotImplementedError" in capsys.readouterr().err
 
 
 def test_a_report_that_fails_leaves_no_old_one(

@@ -171,6 +171,8 @@ class ModelConfig:
 
 
 STANDARD = ModelConfig(
+    analysis_blocks16=4,
+    synthesis_blocks16=4,
     groups=(16, 48, 64, 192),
     steps=(3, 2, 2, 1),
     mean_context_hidden=96,

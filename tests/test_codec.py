@@ -153,9 +153,9 @@ def test_target_psnr_is_reached_at_little_more(codec: Codec) -> None:
 
 
 def test_patches_of_a_panorama_are_different_ones() -> None:
-    panorama = np.arange(512 * 20000, dtype=np.uint32).reshape(512, 20000)
+    panorama = np.tile((np.arange(20000) // 100).astype(np.uint8), (512, 1))
     patches = sample_patches(panorama, side=512, count=3)
-    assert [int(patch[0, 0]) for patch in patches] == [0, 9744, 19488]
+    assert [int(patch[0, 0]) for patch in patches] == [0, 97, 194]
 
 
 def test_a_search_goes_on_from_a_picture_that_is_exact() -> None:

@@ -416,7 +416,7 @@ class _Barrier:
         return self._protocol in protocols_of(fs) and _real(fs, path).rstrip("/") == self._place
 
     def bars(self, fs: AbstractFileSystem, path: str) -> bool:
-        """Whether it is this folder, or one above."""
+        """Whether it is this folder or lies in it."""
         if self._protocol not in protocols_of(fs):
             return False
         return f"{_real(fs, path)}/".startswith(f"{self._place}/")

@@ -71,7 +71,7 @@ def test_a_place_is_the_same_however_it_is_spelled(
 ) -> None:
     rows = held_rows(tmp_path, write(tmp_path, "a", ["k"], url))
     found = rows.find("k")
-    assert found is not None and rows.url_of("k", found) == url
+    assert found is not None and rows.url_of("k", found.part) == url
     assert found.was_at(url) and found.was_at(same) and not found.was_at(other)
 
 

@@ -291,7 +291,7 @@ def model_at(fs: AbstractFileSystem, root: str) -> str | None:
     record = _read_record(fs, root)
     if record is not None:
         return record.model_id
-    return read_manifest(fs, root).model_id if MANIFEST in list_names(fs, root) else None
+    return read_manifest(fs, root).model_id if exists(fs, join(root, MANIFEST)) else None
 
 
 @dataclass(frozen=True, slots=True)

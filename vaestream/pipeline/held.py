@@ -21,9 +21,8 @@ from vaestream.pipeline.plan import Version
 _THREADS = 16
 _CHUNK = 1024
 
-_READ = [
-    *("key", "source_size", "source_mtime", "source_etag", "source_url", "num_bytes", "error"),
-]
+_VERSION = ["source_size", "source_mtime", "source_etag"]
+_READ = ["key", *_VERSION, "source_url", "num_bytes", "error"]
 _SCHEMA = pa.schema(
     [
         ("key", pa.large_string()),  # together they may have more than 2 GiB
@@ -92,12 +91,12 @@ class HeldRows:
         if at == len(keys) or keys[at] != key:
             return None
         row = {name: chunk[name][at].as_py() for name in _SCHEMA.names[1:]}
-        version = Version(row["source_size"], row["source_mtime"], row["source_etag"])
+        version = Version(*(row[name] for name in _VERSION))
         return Held(version, row["place"], row["unread"], self._parts[row["part"]])
 
-    def url_of(self, key: str, held: Held) -> str:
-        """Where an object that is held was read from."""
-        table = self._columns(held.part)
+    def url_of(self, key: str, part: PartInfo) -> str:
+        """Where the object of that key in a part of this folder was read from."""
+        table = self._columns(part)
         url: str = table["source_url"][pc.index(table["key"], key).as_py()].as_py()
         return url
 

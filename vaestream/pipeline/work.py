@@ -143,17 +143,17 @@ class Growth(Work):
                 self.counts.new += 1
                 yield item
             else:
-                self._compare(item, found, self._held)
+                self._compare(item, found)
 
-    def _compare(self, item: SourceObject, held: Held, rows: HeldRows) -> None:
+    def _compare(self, item: SourceObject, held: Held) -> None:
         same = item.version.matches(held.version)
         is_it = self._moved or held.was_at(item.url)
         if not is_it and not (same and item.version.can_tell_from(held.version)):
+            there = self._held.url_of(item.key, held.part)
             raise SourceError(
-                f"{item.url}: the archive has another object as {item.key!r}, that was "
-                f"{rows.url_of(item.key, held)}: compress this source into an archive of its own, "
-                "or the folder above both anew; if it is what that one has become, say that the "
-                "sources have moved (--moved)"
+                f"{item.url}: the archive has another object as {item.key!r}, that was {there}: "
+                "compress this source into an archive of its own, or the folder above both anew; if "
+                "it is what that one has become, say that the sources have moved (--moved)"
             )
         if same:
             self.counts.unchanged += 1
@@ -177,7 +177,7 @@ class Growth(Work):
                 rest.append(item)
                 continue
             self.counts.new -= 1
-            self._compare(item, found, self._beside)
+            self._compare(item, found)
         if len(rest) == len(shard.objects):
             return shard
         return self._cutter.shard(rest) if rest else None

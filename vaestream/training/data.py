@@ -1,7 +1,7 @@
 """Random crops of a photo collection, for training."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -87,9 +87,9 @@ def split(
     aside = frozenset(held)
     rest = [file for file in files if file not in aside]
     # Not those that fit into memory: large photos are few there, and still many files.
-    there = (file for file in rest if _pixels(file, min_side) is not None)
-    if len(list(islice(there, 3 * count))) < 3 * count:
-        held = rest = [file for file in files if _pixels(file, min_side) is not None]
+    there = list(islice(_of_side(rest, min_side), 3 * count))
+    if len(there) < 3 * count:
+        held = rest = sorted([*there, *_of_side(held, min_side)])
     training = load_photos(rest, min_side=min_side, max_bytes=max_bytes)
     middle = [_middle(p, size) for p in (_pixels(f, size) for f in held) if p is not None]
     return training, torch.from_numpy(np.stack(middle)).permute(0, 3, 1, 2).float() - 128
@@ -136,6 +136,11 @@ def read_photo(file: Path) -> NDArray[np.uint8] | None:
         return None
     loaded = load(file.read_bytes(), name=str(file))
     return loaded.pixels if isinstance(loaded, Photo) else None
+
+
+def _of_side(files: Iterable[Path], min_side: int) -> Iterator[Path]:
+    """The photos among files, of at least that side."""
+    return (file for file in files if _pixels(file, min_side) is not None)
 
 
 def _pixels(file: Path, min_side: int) -> NDArray[np.uint8] | None:

@@ -152,8 +152,8 @@ class Growth(Work):
             there = self._held.url_of(item.key, held.part)
             raise SourceError(
                 f"{item.url}: the archive has another object as {item.key!r}, that was {there}: "
-                "compress this source into an archive of its own, or the folder above both anew; if "
-                "it is what that one has become, say that the sources have moved (--moved)"
+                "compress this source into an archive of its own, or the folder above both anew; "
+                "if it is what that one has become, say that the sources have moved (--moved)"
             )
         if same:
             self.counts.unchanged += 1

@@ -386,7 +386,7 @@ def test_metadata_that_no_column_holds_is_kept() -> None:
     assert reason(geo) == "TIFF tags with no place in EXIF"
 
 
-@pytest.mark.parametrize("keyword", ["exif", "xmp", "icc_profile", "transparency"])
+@pytest.mark.parametrize("keyword", ["exif", "xmp", "icc_profile", "interlace", "transparency"])
 def test_a_note_that_passes_for_metadata_keeps_the_png(keyword: str) -> None:
     bodies = {
         b"tEXt": b"note",

@@ -66,7 +66,7 @@ _PNG_CHATTER = re.compile(
 _PNG_XMP = b"XML:com.adobe.xmp"  # in iTXt; where Pillow does not look for it, elsewhere
 _PNG_PROFILE = re.compile(rb"raw profile type ", re.IGNORECASE)
 # Pillow keeps notes of these names where it keeps what they are named after.
-_PNG_TAKEN = frozenset((b"exif", b"icc_profile", b"transparency", b"xmp"))
+_PNG_TAKEN = frozenset((b"exif", b"icc_profile", b"interlace", b"transparency", b"xmp"))
 
 
 @dataclass(frozen=True, slots=True)

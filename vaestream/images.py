@@ -375,6 +375,7 @@ def _forget_odd(image: Image.Image) -> bool:
     kinds: dict[str, type | tuple[type, ...]] = {
         **dict.fromkeys(("exif", "xmp", "icc_profile"), bytes),
         "transparency": (bytes, int, tuple),
+        "interlace": int,
     }
     found = {key: image.info.get(key) for key in kinds}
     odd = [key for key, one in found.items() if not (one is None or isinstance(one, kinds[key]))]

@@ -51,8 +51,9 @@ import vaestream
 from vaestream import Archive, Codec, images
 from vaestream.archive.index import INDEX, build_index
 from vaestream.archive.manifest import write_manifest
+from vaestream.archive.models import write_model
 from vaestream.archive.schema import Row
-from vaestream.archive.writer import write_model, write_part
+from vaestream.archive.writer import write_part
 from vaestream.pipeline.compressor import Compressor, Settings
 from vaestream.pipeline.plan import Cutter, SourceObject, Version
 from vaestream.training.data import list_photos

@@ -28,7 +28,8 @@ from ray.data.datasource import Datasink, Datasource, ReadTask, WriteResult
 
 from vaestream import images
 from vaestream.archive.manifest import PartInfo
-from vaestream.archive.reader import Archive, open_archive, shared_codec
+from vaestream.archive.models import shared_codec
+from vaestream.archive.reader import Archive, open_archive
 from vaestream.archive.schema import Row, RowInfo
 from vaestream.archive.writer import write_part
 from vaestream.codec import Codec, check

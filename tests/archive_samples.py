@@ -15,8 +15,9 @@ from PIL import Image
 import vaestream.codec
 from vaestream.archive.index import build_index
 from vaestream.archive.manifest import PartInfo, write_manifest
+from vaestream.archive.models import write_model
 from vaestream.archive.schema import Row
-from vaestream.archive.writer import write_model, write_part
+from vaestream.archive.writer import write_part
 from vaestream.errors import BitstreamError
 
 MODEL = b"weights of the stand-in codec"

@@ -21,7 +21,7 @@ from conftest import REPOSITORY
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
-from vaestream.archive import reader
+from vaestream.archive import parts
 from vaestream.archive.reader import open_archive
 from vaestream.archive.storage import RangeFile
 from vaestream.archive.verify import verify
@@ -307,14 +307,15 @@ def test_parts_that_take_turns_are_read_once(tmp_path: Path, reads: Reads) -> No
 
 
 def test_archives_with_more_parts_than_are_remembered_read_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts = {f"{n:02}": [row(f"{i:03}-{n:02}", b"x") for i in range(4)] for n in range(8)}
-    commit(str(tmp_path), parts)
-    expected = list(open_archive(str(tmp_path)).rows())
-    monkeypatch.setattr(reader, "_CACHED_PARTS", 3)
-    archive = open_archive(str(tmp_path))
-    assert list(archive.rows()) == expected and len(archive._parts) == 3
+    rows = {f"{n:02}": [row(f"{i:03}-{n:02}", b"x") for i in range(4)] for n in range(8)}
+    commit(str(tmp_path), rows)
+    expected = list(open_archive(f"counting://{tmp_path}").rows())
+    once = len(reads)
+    monkeypatch.setattr(parts, "_CACHED_PARTS", 3)
+    assert list(open_archive(f"counting://{tmp_path}").rows()) == expected
+    assert len(reads) > 2 * once  # footers that had been dropped were read again
 
 
 def test_keys_in_several_pieces_are_found_all_the_same(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from photos import fill, pixels, png
 
 from vaestream import Codec, images
 from vaestream.archive import retries
+from vaestream.archive.models import write_model
 from vaestream.archive.schema import Row, to_table
-from vaestream.archive.writer import find_part, write_model, write_part
+from vaestream.archive.writer import find_part, write_part
 from vaestream.errors import SourceError, VaestreamError
 from vaestream.pipeline import worker
 from vaestream.pipeline.attempts import (

@@ -5,39 +5,26 @@ import io
 import os
 import threading
 from bisect import bisect_left
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from fsspec.utils import merge_offset_ranges
 from PIL import Image, UnidentifiedImageError
 
 from vaestream import images
 from vaestream.archive.index import index_of, load_index
-from vaestream.archive.layout import Footer, column_ranges, read_footer
-from vaestream.archive.manifest import Manifest, PartInfo, read_manifest
-from vaestream.archive.schema import INFO_COLUMNS, RowInfo, metadata_crc32, to_infos
-from vaestream.archive.storage import (
-    RangeFile,
-    file_size,
-    join,
-    open_store,
-    read_bytes,
-    read_ranges,
-    shown,
-    store_errors,
-)
-from vaestream.archive.writer import model_path
-from vaestream.errors import ArchiveError, DamagedArchiveError, VaestreamError, WeightsError
+from vaestream.archive.manifest import Manifest, read_manifest
+from vaestream.archive.models import shared_codec
+from vaestream.archive.parts import PAYLOADS, Parts, Payloads
+from vaestream.archive.schema import RowInfo
+from vaestream.archive.spans import Span, read_spans
+from vaestream.archive.storage import join, open_store
+from vaestream.errors import ArchiveError, DamagedArchiveError, VaestreamError
 from vaestream.urls import absolute, public_url
 
 if TYPE_CHECKING:
@@ -46,40 +33,6 @@ if TYPE_CHECKING:
 
 _GAP_BYTES = 16 << 10
 """Bytes worth reading in vain to save a request, where several photos are asked for."""
-_BLOCK_BYTES = 32 << 20
-"""Where merged ranges are split, so that a store can serve them side by side."""
-_CACHED_ROWS = 1 << 16
-"""Rows whose small columns stay in memory: in the order of keys, parts may take turns."""
-_CACHED_PARTS = 1 << 10
-"""Parts whose footers do, some 64 KB each."""
-_CACHED_TABLES = 4
-_PAYLOADS = ("exif", "xmp", "icc")
-
-
-@dataclass(frozen=True, slots=True)
-class Payloads:
-    """EXIF, XMP and ICC of a photo as Pillow's `save(exif=, xmp=, icc_profile=)` takes them."""
-
-    exif: bytes | None
-    xmp: bytes | None
-    icc: bytes | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A part's footer, and for a part that was written anew the place of each key in it."""
-
-    footer: Footer
-    places: dict[str, tuple[int, int]] | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """A byte range of a part."""
-
-    path: str
-    start: int
-    end: int
 
 
 class Archive:
@@ -109,10 +62,6 @@ class Archive:
         self.index: pa.Table = self._load_index()
         self._reset()
 
-    @cached_property
-    def _infos(self) -> dict[str, PartInfo]:
-        return {part.name: part for part in self.manifest.parts}
-
     def _connect(self) -> None:
         self._fs, self._root = open_store(self.url, self.storage_options)
         self._pid = os.getpid()
@@ -124,9 +73,7 @@ class Archive:
         self._keys = keys.chunk(0) if keys.num_chunks == 1 else keys.cast(large).combine_chunks()
         self._lock = threading.RLock()
         self._codec: Codec | None = None
-        self._parts: OrderedDict[str, _Part] = OrderedDict()
-        self._groups: OrderedDict[tuple[str, int], list[RowInfo]] = OrderedDict()
-        self._tables: OrderedDict[tuple[str, int, str], pa.ChunkedArray] = OrderedDict()
+        self._parts = Parts(self._fs, self._root, self.manifest.parts)
 
     def _load_index(self) -> pa.Table:
         try:
@@ -214,7 +161,8 @@ class Archive:
         at, kind = index.schema.get_field_index("part"), index.schema.field("part")
         names = index["part"].cast(pa.string())
         index = index.set_column(at, kind, names.dictionary_encode().cast(kind.type))
-        parts = tuple(self._infos[name] for name in sorted(names.unique().to_pylist()))
+        held = set(names.unique().to_pylist())
+        parts = tuple(part for part in self.manifest.parts if part.name in held)
         return self._with(manifest=replace(self.manifest, parts=parts), index=index)
 
     def to(self, device: str) -> "Archive":
@@ -383,7 +331,7 @@ class Archive:
         self._check_process()
         unique = sorted(set(places))
         columns = ["part", "key", "sha256", "offset", "length", "metadata_crc32"]
-        columns += [f"{name}_{what}" for name in _PAYLOADS for what in ("offset", "length")]
+        columns += [f"{name}_{what}" for name in PAYLOADS for what in ("offset", "length")]
         rows = dict(
             zip(
                 unique,
@@ -391,200 +339,35 @@ class Archive:
                 strict=True,
             )
         )
-        wanted: dict[tuple[int, str], _Span] = {}
+        wanted: dict[tuple[int, str], Span] = {}
         for at, row in rows.items():
             path = join(self._root, row["part"])
-            names = [("", with_blobs), *((f"{name}_", with_payloads) for name in _PAYLOADS)]
+            names = [("", with_blobs), *((f"{name}_", with_payloads) for name in PAYLOADS)]
             for prefix, asked in names:
                 start, length = row[f"{prefix}offset"], row[f"{prefix}length"]
-                if asked and start is not None and not self._known_anew(row["part"]):
-                    wanted[at, prefix] = _Span(path, start, start + length)
-        found = self._read_spans(wanted)
+                if asked and start is not None and not self._parts.is_known_anew(row["part"]):
+                    wanted[at, prefix] = Span(path, start, start + length)
+        gap = _GAP_BYTES if len(unique) > 1 else 0
+        found = read_spans(self._fs, self._root, wanted, max_gap=gap)
         blobs: dict[int, bytes] = {}
         payloads: dict[int, Payloads] = {}
         for at, row in rows.items():
             if with_blobs:
                 data = found.get((at, ""))
                 if data is None or hashlib.sha256(data).digest() != row["sha256"]:
-                    data = self._blob_anew(row)
+                    data = self._parts.blob(row)
                 blobs[at] = data
             if with_payloads:
-                extra = Payloads(*(found.get((at, f"{name}_")) for name in _PAYLOADS))
-                if not _payloads_fit(extra, row):
-                    extra = self._payloads_anew(row)
+                extra = Payloads(*(found.get((at, f"{name}_")) for name in PAYLOADS))
+                if not extra.fit(row):
+                    extra = self._parts.payloads(row)
                 payloads[at] = extra
         return blobs, payloads
 
-    def _read_spans(self, wanted: dict[tuple[int, str], _Span]) -> dict[tuple[int, str], bytes]:
-        """The bytes of each span that can be read; those that cannot are left out."""
-        spans = list({span for span in wanted.values() if span.end > span.start})
-        gap = _GAP_BYTES if len({at for at, _ in wanted}) > 1 else 0
-        blocks: dict[str, tuple[list[int], list[bytes]]] = {}
-        if spans:
-            paths, starts, ends = merge_offset_ranges(
-                [span.path for span in spans],
-                [span.start for span in spans],
-                [span.end for span in spans],
-                max_gap=gap,
-                max_block=_BLOCK_BYTES,
-            )
-            with store_errors(self._fs, self._root):
-                answers = read_ranges(self._fs, paths, starts, ends)
-            for path, start, answer in zip(paths, starts, answers, strict=True):
-                if isinstance(answer, FileNotFoundError):
-                    raise self._missing(path) from answer
-                if isinstance(answer, Exception):
-                    # A range past the end of a shorter file is an error in some stores: whether
-                    # it is one, `_part` finds out, or raises what keeps the store from reading.
-                    continue
-                begun, data = blocks.setdefault(path, ([], []))
-                begun.append(start)
-                data.append(answer)
-        for path, (begun, data) in blocks.items():
-            order = sorted(range(len(begun)), key=begun.__getitem__)
-            blocks[path] = ([begun[i] for i in order], [data[i] for i in order])
-        found: dict[tuple[int, str], bytes] = {}
-        for name, span in wanted.items():
-            if span.end == span.start:
-                found[name] = b""
-            elif span.path in blocks:
-                begun, data = blocks[span.path]
-                block = bisect_left(begun, span.start + 1) - 1
-                if block >= 0:
-                    at = span.start - begun[block]
-                    found[name] = data[block][at : at + span.end - span.start]
-        return found
-
-    # --- parts that are not as they were committed -------------------------------------------
-
-    def _known_anew(self, part: str) -> bool:
-        return part in self._parts and self._parts[part].places is not None
-
-    def _part(self, name: str) -> _Part:
-        """The part's footer, compared with the manifest's."""
-
-        def described() -> _Part:
-            path = join(self._root, name)
-            try:
-                footer = read_footer(self._fs, path, file_size(self._fs, path), name)
-            except FileNotFoundError as error:
-                raise self._missing(path) from error
-            info = self._infos[name]
-            if footer.sha256 == info.footer_sha256:
-                return _Part(footer, None)
-            if footer.offset + len(footer.data) == info.size:
-                told = f"{shown(self._fs, path)}: footer: its SHA-256 does not fit"
-                raise DamagedArchiveError(told)
-            return _Part(footer, self._places(name, footer))
-
-        def full() -> bool:
-            return len(self._parts) > _CACHED_PARTS
-
-        part: _Part = self._cached(self._parts, name, described, full)
-        return part
-
-    def _missing(self, path: str) -> DamagedArchiveError:
-        return DamagedArchiveError(f"{shown(self._fs, path)}: the part is missing")
-
-    def _places(self, name: str, footer: Footer) -> dict[str, tuple[int, int]]:
-        """Row group and row of each key in a part that another tool has written anew."""
-        places = {}
-        for group in range(footer.metadata.num_row_groups):
-            keys = self._read_group(name, footer, group, ["key"])["key"].to_pylist()
-            places.update({key: (group, row) for row, key in enumerate(keys)})
-        return places
-
-    def _read_group(self, name: str, footer: Footer, group: int, columns: list[str]) -> pa.Table:
-        file = RangeFile(self._fs, join(self._root, name), footer.offset + len(footer.data))
-        try:
-            file.prefetch(column_ranges(footer.metadata, group, columns))
-            parquet = pq.ParquetFile(
-                file, metadata=footer.metadata, pre_buffer=False, page_checksum_verification=True
-            )
-            table = parquet.read_row_group(group, columns, use_threads=False)
-        except (OSError, pa.ArrowException) as error:
-            raise DamagedArchiveError(f"{name}: column: {error}") from error
-        if missing := set(columns) - set(table.column_names) - {"image.bytes"}:
-            raise DamagedArchiveError(f"{name}: column: {sorted(missing)[0]} is missing")
-        return table
-
-    def _value(self, name: str, key: str, column: str) -> Any:
-        """A value of a part written anew, by way of its row group. None when it is not there."""
-        part = self._part(name)
-        if part.places is None or key not in part.places:
-            return None
-        group, row = part.places[key]
-
-        def values() -> pa.ChunkedArray:
-            if column != "image.bytes":
-                return self._read_group(name, part.footer, group, [column])[column]
-            image = self._read_group(name, part.footer, group, ["image.bytes"])["image"]
-            return pa.chunked_array([chunk.field("bytes") for chunk in image.chunks])
-
-        def full() -> bool:
-            return len(self._tables) > _CACHED_TABLES
-
-        return self._cached(self._tables, (name, group, column), values, full)[row].as_py()
-
-    def _blob_anew(self, row: dict[str, Any]) -> bytes:
-        """A blob whose bytes are not at the index's range any more, or a DamagedArchiveError."""
-        name, key = row["part"], row["key"]
-        damaged = DamagedArchiveError(f"{name}: photo {key}: its SHA-256 does not fit")
-        try:
-            data = self._value(name, key, "image.bytes")
-        except DamagedArchiveError as error:
-            raise damaged from error
-        if data is None or hashlib.sha256(data).digest() != row["sha256"]:
-            raise damaged
-        return bytes(data)
-
-    def _payloads_anew(self, row: dict[str, Any]) -> Payloads:
-        name, key = row["part"], row["key"]
-        damaged = DamagedArchiveError(
-            f"{name}: photo {key}: the checksum of its EXIF, XMP and ICC does not fit"
-        )
-        try:
-            extra = Payloads(*(self._value(name, key, column) for column in _PAYLOADS))
-        except DamagedArchiveError as error:
-            raise damaged from error
-        if not _payloads_fit(extra, row):
-            raise damaged
-        return extra
-
     def _info(self, at: int) -> RowInfo:
         self._check_process()
-        name, key = self._entry("part", at), self._entry("key", at)
-        part = self._part(name)
-        group, row = self._entry("row_group", at), self._entry("row", at)
-        if part.places is not None:
-            if key not in part.places:
-                raise DamagedArchiveError(f"{name}: row {key} is missing")
-            group, row = part.places[key]
-
-        def infos() -> list[RowInfo]:
-            return to_infos(self._read_group(name, part.footer, group, INFO_COLUMNS))
-
-        def full() -> bool:
-            return sum(map(len, self._groups.values())) > _CACHED_ROWS
-
-        info: RowInfo = self._cached(self._groups, (name, group), infos, full)[row]
-        return info
-
-    def _cached(
-        self,
-        cache: OrderedDict[Any, Any],
-        key: Any,
-        make: Callable[[], Any],
-        full: Callable[[], bool],
-    ) -> Any:
-        """A value of a cache that drops those not used for longest when it is too `full`."""
-        with self._lock:
-            if key not in cache:
-                cache[key] = make()
-                while len(cache) > 1 and full():
-                    cache.popitem(last=False)
-            cache.move_to_end(key)
-            return cache[key]
+        place = {name: self._entry(name, at) for name in ("part", "key", "row_group", "row")}
+        return self._parts.info(place)
 
     # --- kept sources ------------------------------------------------------------------------
 
@@ -628,41 +411,3 @@ def open_archive(
     or one that a later version wrote, DamagedArchiveError when its manifest is damaged.
     """
     return Archive(url, device=device, storage_options=storage_options)
-
-
-@lru_cache(maxsize=4)
-def shared_codec(fs: fsspec.AbstractFileSystem, root: str, model_id: str, device: str) -> "Codec":
-    """`load_codec`, one for all in this process that want the same: pickled archives, say."""
-    return load_codec(fs, root, model_id, device=device)
-
-
-def load_codec(
-    fs: fsspec.AbstractFileSystem, root: str, model_id: str, *, device: str = "auto"
-) -> "Codec":
-    """The codec with a model that lies in folder `root`.
-
-    Raises DamagedArchiveError when it is not there, or not the one that was written, WeightsError
-    when this version cannot use it.
-    """
-    from vaestream.codec import Codec
-
-    path = model_path(root, model_id)
-    try:
-        data = read_bytes(fs, path)
-    except FileNotFoundError as error:
-        raise DamagedArchiveError(f"{shown(fs, path)}: the model is missing") from error
-    if hashlib.sha256(data).hexdigest() != model_id:
-        raise DamagedArchiveError(f"{shown(fs, path)}: model: its SHA-256 is not its name")
-    try:
-        return Codec.of(data, device=device)
-    except WeightsError as error:
-        raise WeightsError(f"{shown(fs, path)}: {error}") from error
-
-
-def _payloads_fit(extra: Payloads, row: dict[str, Any]) -> bool:
-    values = (extra.exif, extra.xmp, extra.icc)
-    lengths = [None if value is None else len(value) for value in values]
-    return (
-        lengths == [row[f"{name}_length"] for name in _PAYLOADS]
-        and metadata_crc32(*values) == row["metadata_crc32"]
-    )

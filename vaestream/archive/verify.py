@@ -19,6 +19,7 @@ from vaestream.archive.integrity import (
 )
 from vaestream.archive.layout import Footer, read_footer
 from vaestream.archive.manifest import MANIFEST, PartInfo, read_manifest
+from vaestream.archive.models import model_path
 from vaestream.archive.reader import Archive
 from vaestream.archive.storage import (
     RangeFile,
@@ -30,7 +31,7 @@ from vaestream.archive.storage import (
     open_store,
     read_bytes,
 )
-from vaestream.archive.writer import model_path, part_info
+from vaestream.archive.writer import part_info
 from vaestream.errors import BitstreamError, DamagedArchiveError
 
 __all__ = ["Problem", "verify"]

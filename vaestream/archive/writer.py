@@ -1,4 +1,4 @@
-"""Writing parts and models: streamed, read back and verified, in place at once or not at all."""
+"""Writing parts: streamed, read back and verified, in place at once or not at all."""
 
 import hashlib
 import io
@@ -23,7 +23,7 @@ from vaestream.archive.layout import (
 )
 from vaestream.archive.manifest import PartInfo, PartStats
 from vaestream.archive.schema import FORMAT_VERSION, SCHEMA, Row, check_row, to_table
-from vaestream.archive.storage import file_size, join, put_bytes, staged
+from vaestream.archive.storage import file_size, join, staged
 from vaestream.errors import ArchiveError, DamagedArchiveError
 
 ROW_GROUP_BYTES = 96 << 20
@@ -136,24 +136,6 @@ def part_info(footer: Footer, name: str) -> PartInfo:
         stats=PartStats(**values["stats"]),
         replaces=values.get("replaces"),
     )
-
-
-def write_model(fs: fsspec.AbstractFileSystem, root: str, data: bytes) -> str:
-    """Put a model into the archive's `models/`; returns its id, the hex SHA-256 of `data`."""
-    model_id = hashlib.sha256(data).hexdigest()
-    path = model_path(root, model_id)
-    try:
-        present = file_size(fs, path) == len(data)
-    except FileNotFoundError:
-        present = False
-    if not present:
-        put_bytes(fs, path, data)
-    return model_id
-
-
-def model_path(root: str, model_id: str) -> str:
-    """Where the archive in folder `root` keeps a model."""
-    return join(root, f"models/{model_id}.safetensors")
 
 
 class _NotNeeded(Exception):

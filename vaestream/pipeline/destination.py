@@ -24,6 +24,7 @@ from vaestream.archive.manifest import (
     read_manifest,
     write_manifest,
 )
+from vaestream.archive.models import model_path, write_model
 from vaestream.archive.storage import (
     exists,
     join,
@@ -34,7 +35,7 @@ from vaestream.archive.storage import (
     remove_folder,
     shown,
 )
-from vaestream.archive.writer import committed_part, model_path, part_id_of, write_model
+from vaestream.archive.writer import committed_part, part_id_of
 from vaestream.errors import ArchiveError, DamagedArchiveError, SettingsMismatchError
 from vaestream.pipeline.attempts import JOB_FOLDER
 from vaestream.pipeline.held import HeldRows

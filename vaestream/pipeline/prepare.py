@@ -7,9 +7,8 @@ from typing import Any
 
 from fsspec import AbstractFileSystem
 
-from vaestream.archive.reader import load_codec
+from vaestream.archive.models import load_codec, model_path
 from vaestream.archive.storage import exists
-from vaestream.archive.writer import model_path
 from vaestream.codec import Codec
 from vaestream.errors import VaestreamError
 from vaestream.pipeline.compressor import Settings

@@ -31,9 +31,9 @@ from PIL import Image
 from vaestream import __version__, images
 from vaestream.archive.layout import column_ranges, read_footer
 from vaestream.archive.manifest import REPORT, PartInfo, PartStats
+from vaestream.archive.models import model_path
 from vaestream.archive.reader import Archive
 from vaestream.archive.storage import RangeFile, file_size, join, open_store, put_bytes, remove
-from vaestream.archive.writer import model_path
 from vaestream.errors import DamagedArchiveError, VaestreamError
 from vaestream.pipeline.members import (
     MemberError,

@@ -15,7 +15,7 @@ from fsspec import AbstractFileSystem
 
 from vaestream import errors
 from vaestream.archive.manifest import PartInfo
-from vaestream.archive.reader import load_codec
+from vaestream.archive.models import load_codec
 from vaestream.archive.rows import read_rows
 from vaestream.archive.schema import Row
 from vaestream.archive.storage import join

@@ -43,7 +43,7 @@ def test_the_wheel_holds_weights_connectors_templates_types_and_licences(wheel: 
     names = zipfile.ZipFile(wheel).namelist()
     assert "vaestream/py.typed" in names
     assert "vaestream/connectors/torch/loader.py" in names
-    assert "vaestream/pipeline/report.html.jinja" in names
+    assert "vaestream/pipeline/report/report.html.jinja" in names
     assert [name for name in names if name.startswith("vaestream/codec/weights/")]
     for licence in ("LICENSE", "LICENSE-WEIGHTS"):
         assert any(name.endswith(f"dist-info/licenses/{licence}") for name in names)

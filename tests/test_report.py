@@ -29,8 +29,10 @@ from vaestream.archive.reader import open_archive
 from vaestream.archive.schema import Row
 from vaestream.archive.verify import verify
 from vaestream.pipeline import job, report
-from vaestream.pipeline.report import Histogram, Moment, Run, gather, write_report
-from vaestream.pipeline.report_html import render
+from vaestream.pipeline.report import Moment, Run, sources, write_report
+from vaestream.pipeline.report.facts import Histogram
+from vaestream.pipeline.report.page import render
+from vaestream.pipeline.report.tally import gather
 
 __all__ = ["stand_in"]
 
@@ -168,8 +170,8 @@ def test_a_store_that_cannot_be_reached_is_asked_once(
         asked.append(url)
         raise OSError("secret=1")
 
-    monkeypatch.setattr(report, "store_of", store_of)
-    monkeypatch.setattr(report, "protocol_of", lambda url: "s3")
+    monkeypatch.setattr(sources, "store_of", store_of)
+    monkeypatch.setattr(sources, "protocol_of", lambda url: "s3")
     found = gather(open_archive(str(archive)))
     assert len(asked) == 1 and "secret" not in render(found)
     assert all("source" in (one.source_note or "") for one in found.worst)
@@ -359,7 +361,7 @@ def test_members_of_containers_are_shown_beside_their_photos(
     worst = gather(open_archive(str(out))).worst
     assert sorted(one.key for one in worst) == sorted(files)
     assert all(one.source is not None and one.source_note is None for one in worst)
-    monkeypatch.setattr(report, "_SEARCH_SECONDS", 0.0)
+    monkeypatch.setattr(sources, "_SEARCH_SECONDS", 0.0)
     notes = [one.source_note for one in gather(open_archive(str(out))).worst]
     assert "source not read: to find it in what holds it takes too long" in notes
     container.unlink()

@@ -9,7 +9,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from vaestream.pipeline.report import Histogram, Moment, Picture, Report
+from vaestream.pipeline.report.facts import Histogram, Moment, Report
+from vaestream.pipeline.report.photos import Picture
 from vaestream.text import duration, shown, size
 
 _TEMPLATE = "report.html.jinja"

@@ -3,8 +3,8 @@
 Decoders answer "which pixels?". Whether a file can be replaced by 8-bit pixels, EXIF, XMP and an
 ICC profile is another question, and Pillow hides parts of the answer: it scales 16-bit PNG, TIFF,
 PPM and JPEG 2000 to 8 bits, shows the preview of a raw file as its picture, and leaves out gain
-maps, extended XMP and whatever follows the picture. So the containers are walked here, each format's
-in a module: `walk_...` raises struct.error or IndexError where it cannot follow.
+maps, extended XMP and whatever follows the picture. So the containers are walked here, in
+a module for each family: its `walk_...` raises struct.error or IndexError where it cannot follow.
 """
 
 from __future__ import annotations

@@ -175,15 +175,20 @@ def test_a_later_run_takes_in_what_is_new_or_has_changed_and_drops_nothing(
     assert again.up_to_date and (again.changed, again.unlisted) == (0, 1)
 
 
-def test_a_photo_of_another_folder_takes_no_ones_place(run_here: Run, tmp_path: Path) -> None:
+def test_a_photo_of_another_folder_takes_no_ones_place(
+    run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As cameras give the same names in every folder. What has moved must be said to have."""
     first = fill(tmp_path / "100CANON", ["1.png", "2.png", "3.png"])
-    second = fill(tmp_path / "101CANON", ["3.png", "4.png"], 5)
+    second = fill(tmp_path / "101CANON", ["0.png", "0a.png", "3.png", "4.png"], 5)
     archive = tmp_path / "archive"
     run_here(first, archive)
     before = files(archive)
     with pytest.raises(SourceError, match=r"101CANON/3.png: .*'3.png'.*100CANON/3.png: .*--moved"):
         run_here(second, archive)
+    monkeypatch.setattr(job, "_WAVE", 1)  # so that it is found when some of it is done already
+    with pytest.raises(SourceError, match="CANON"):
+        run_here(second, archive, shard_images=1)
     run_here(first, archive)
     assert files(archive) == before
 

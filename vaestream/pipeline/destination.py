@@ -224,6 +224,11 @@ class Destination:
         self.manifest = manifest
         return True
 
+    def discard(self, parts: Iterable[PartInfo]) -> None:
+        """Remove parts that have been made and not committed."""
+        for part in parts:
+            remove(self.fs, join(self.root, part.name))
+
     def clear(self) -> None:
         """Remove what only a running job needs, and has left; call it when none is."""
         stays = {part.name for part in self.manifest.parts} if self.manifest else set()

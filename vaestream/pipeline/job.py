@@ -30,7 +30,7 @@ from vaestream.pipeline.lease import Lease
 from vaestream.pipeline.prepare import Paths, Prepared, prepare
 from vaestream.pipeline.report import Moment, Run, write_report
 from vaestream.pipeline.stores import options_for
-from vaestream.pipeline.work import Counts, Work
+from vaestream.pipeline.work import Counts, ForeignObjectError, Work
 from vaestream.pipeline.worker import Made, PackedShard, WorkerSpec
 from vaestream.text import describe
 from vaestream.urls import public_text, public_url
@@ -220,13 +220,20 @@ def compress(
                 made: list[PartInfo] = []
                 if progress is not None:
                     progress(waves.progress(time.monotonic() - begin))
-                for one in crew.make(prepared, waves, backwards=bool(others)):
-                    made.append(one.part)
-                    unread |= one.unread
-                    waves.ended(one.part)
-                    moments.append(_moment(moments, one.part, time.monotonic() - begin))
-                    if progress is not None:
-                        progress(waves.progress(time.monotonic() - begin))
+                try:
+                    for one in crew.make(prepared, waves, backwards=bool(others)):
+                        made.append(one.part)
+                        unread |= one.unread
+                        waves.ended(one.part)
+                        moments.append(_moment(moments, one.part, time.monotonic() - begin))
+                        if progress is not None:
+                            progress(waves.progress(time.monotonic() - begin))
+                except ForeignObjectError:
+                    # What was made before it was found has no place here: the next run, of other
+                    # sources, would take it in.
+                    if lease.alone():
+                        place.discard(made)
+                    raise
             new += (part for part in made if part.part_id not in waves.rewritten)
             # One worker may have left a part as it was where another had more luck.
             replaced = {part.replaces for part in made}

@@ -28,6 +28,10 @@ class Counts:
     unlisted: int = 0
 
 
+class ForeignObjectError(SourceError):
+    """An object of the sources has the key of another one in the archive."""
+
+
 class Work:
     """The shards to be done, found as one iterates, once.
 
@@ -80,8 +84,8 @@ class Growth(Work):
 
     listed: parts of the archive; loose: parts that stand beside it since a run was interrupted.
     gone: names of parts of the archive that are no longer there, lost: the keys that they held.
-    Errors: SourceError as said; DamagedArchiveError for a part whose keys cannot be read, and at
-    the end for keys that are lost and not among the objects.
+    Errors: ForeignObjectError as said; DamagedArchiveError for a part whose keys cannot be read,
+    and at the end for keys that are lost and not among the objects.
     """
 
     def __init__(
@@ -150,7 +154,7 @@ class Growth(Work):
         is_it = self._moved or held.was_at(item.url)
         if not is_it and not (same and item.version.can_tell_from(held.version)):
             there = self._held.url_of(item.key, held.part)
-            raise SourceError(
+            raise ForeignObjectError(
                 f"{item.url}: the archive has another object as {item.key!r}, that was {there}: "
                 "compress this source into an archive of its own, or the folder above both anew; "
                 "if it is what that one has become, say that the sources have moved (--moved)"

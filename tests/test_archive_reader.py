@@ -197,6 +197,7 @@ def test_read_gives_arrays_of_bitstreams_and_sources_alike(tmp_path: Path, stand
     assert all(array.dtype == np.uint8 for array in got)
     assert np.array_equal(got[0], gray) and np.array_equal(got[2], gray)
     assert np.array_equal(got[1], color) and np.array_equal(got[6], color)
+    assert not np.shares_memory(got[1], got[6])
     alpha = seen[..., 3:].astype(float) / 255
     assert np.abs(got[3] - (seen[..., :3] * alpha + 255 * (1 - alpha))).max() <= 1
     assert (got[4] == 40_000 >> 8).all()

@@ -121,6 +121,17 @@ def test_what_is_too_large_for_a_photo_is_passed_over(
     assert {one.photo for one in result.measurements} == {"small.png", "gray.png"}
 
 
+def test_photos_of_one_name_are_told_apart_and_each_counts_once(
+    photos: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.png").write_bytes((photos / "small.png").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    result = evaluate(["b", tmp_path / "a", "b/1.png"], weights=weights, qualities=[50])
+    assert sorted(one.photo for one in result.measurements) == ["a/1.png", "b/1.png"]
+
+
 def test_psnr_of_arrays() -> None:
     a = np.zeros((700, 3, 3), np.uint8)
     assert psnr(a, a) == float("inf")

@@ -249,7 +249,13 @@ class Archive:
         for at in unique:
             if at not in pixels:
                 pixels[at] = self._source_pixels(at, blobs[at], region, max_size)
-        return [pixels[at] for at in places]
+        # Of a key that is asked for twice, two arrays: what is done to one leaves the other alone.
+        given: set[int] = set()
+        found = []
+        for at in places:
+            found.append(pixels[at].copy() if at in given else pixels[at])
+            given.add(at)
+        return found
 
     def source_pixels(
         self,

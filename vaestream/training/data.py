@@ -58,7 +58,7 @@ def stratified(count: int, limit: float, rng: np.random.Generator) -> NDArray[np
 
 
 def list_photos(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Files under folders, recursively, and files as they are; sorted by path."""
+    """Files under folders, recursively, and files as they are; each once, sorted by path."""
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -67,7 +67,7 @@ def list_photos(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
             files.append(path)
         else:
             raise SourceError(f"{path}: no such file or folder")
-    return sorted(files)
+    return sorted(set(files))
 
 
 def _is_hidden(file: Path, folder: Path) -> bool:

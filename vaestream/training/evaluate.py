@@ -29,9 +29,9 @@ _MS_SSIM_SIDE = 161  # its five scales, of a window of 11 each, need more than 1
 class Measurement:
     """One photo coded once.
 
-    codec: `OURS` or the name of a classical one. quality: as that codec counts it. bpp: bits of the
-    file per pixel. psnr: dB on uint8, at most 60, which equal pictures have. ms_ssim: 0 to 1, None
-    where it was not measured.
+    codec: `OURS` or the name of a classical one. photo: path of the file below the folder that all
+    have in common. quality: as that codec counts it. bpp: bits of the file per pixel. psnr: dB on
+    uint8, at most 60, which equal pictures have. ms_ssim: 0 to 1, None where it was not measured.
     """
 
     codec: str
@@ -162,7 +162,9 @@ def evaluate(
 def _photos(
     paths: Iterable[str | os.PathLike[str]], pixels: int | None
 ) -> Iterator[tuple[str, NDArray[np.uint8]]]:
-    for file in list_photos(paths):
+    files = list_photos(paths)
+    folder = os.path.commonpath([file.absolute().parent for file in files]) if files else ""
+    for file in files:
         image = read_photo(file)
         if image is None:
             continue
@@ -171,7 +173,7 @@ def _photos(
             scale = math.sqrt(pixels / (height * width))
             size = max(1, round(width * scale)), max(1, round(height * scale))
             image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
-        yield file.name, image
+        yield file.absolute().relative_to(folder).as_posix(), image
 
 
 def _measure(

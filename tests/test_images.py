@@ -19,9 +19,9 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from vaestream.containers import UNKNOWN_FORMAT, ifd
 from vaestream.errors import ArchiveError
 from vaestream.images import Broken, Kept, Photo, decode_kept, load, save, to_image
+from vaestream.images.containers import UNKNOWN_FORMAT, ifd
 
 DATA = Path(__file__).parent / "data"
 PACKET = b'<x:xmpmeta><rdf:Description tiff:Orientation="%d" a="b"/></x:xmpmeta>'

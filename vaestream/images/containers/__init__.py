@@ -13,11 +13,17 @@ import re
 import struct
 from pathlib import PurePosixPath
 
-from vaestream.containers.container import UNKNOWN_FORMAT, Container, bits_reason
-from vaestream.containers.jpeg import EXIF_PREFIX, walk_jpeg
-from vaestream.containers.others import walk_avif, walk_bmp, walk_jpeg2000, walk_ppm, walk_webp
-from vaestream.containers.png import PNG_MAGIC, walk_png
-from vaestream.containers.tiff import byte_order, ifd, walk_tiff
+from vaestream.images.containers.container import UNKNOWN_FORMAT, Container, bits_reason
+from vaestream.images.containers.jpeg import EXIF_PREFIX, walk_jpeg
+from vaestream.images.containers.others import (
+    walk_avif,
+    walk_bmp,
+    walk_jpeg2000,
+    walk_ppm,
+    walk_webp,
+)
+from vaestream.images.containers.png import PNG_MAGIC, walk_png
+from vaestream.images.containers.tiff import byte_order, ifd, walk_tiff
 
 __all__ = [
     "EXIF_PREFIX",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from vaestream.containers.container import UNKNOWN_FORMAT, Container, bits_reason
+from vaestream.images.containers.container import UNKNOWN_FORMAT, Container, bits_reason
 
 
 @dataclass(frozen=True, slots=True)

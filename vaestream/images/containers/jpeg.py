@@ -6,8 +6,8 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vaestream.containers.container import TRAILER_BYTES, Container, bits_reason
-from vaestream.containers.tiff import byte_order, ifd
+from vaestream.images.containers.container import TRAILER_BYTES, Container, bits_reason
+from vaestream.images.containers.tiff import byte_order, ifd
 
 EXIF_PREFIX = b"Exif\0\0"
 # What decoders of Huffman-coded JPEG need at the very least: a bit for each block of 8x8.

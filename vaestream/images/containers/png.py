@@ -6,7 +6,7 @@ import re
 import struct
 import zlib
 
-from vaestream.containers.container import TRAILER_BYTES, Container, bits_reason, is_srgb
+from vaestream.images.containers.container import TRAILER_BYTES, Container, bits_reason, is_srgb
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 # Deflate cannot shrink by more than this, so a PNG cannot hold more than this many times its size.

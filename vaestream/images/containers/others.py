@@ -9,7 +9,7 @@ import re
 import struct
 from dataclasses import replace
 
-from vaestream.containers.container import TRAILER_BYTES, Container, bits_reason, is_srgb
+from vaestream.images.containers.container import TRAILER_BYTES, Container, bits_reason, is_srgb
 
 _PPM_HEADER = 4096
 _BMP_RARE = "bit layout this reader does not know"

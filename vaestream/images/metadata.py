@@ -6,7 +6,7 @@ import re
 
 from PIL import Image, TiffImagePlugin
 
-from vaestream.images.containers import EXIF_PREFIX, byte_order, ifd
+from vaestream.images.containers import EXIF_PREFIX, INFO_TYPES, byte_order, ifd
 
 ORIENTATION = 0x0112
 """The tag of EXIF."""
@@ -38,13 +38,8 @@ _TIFF_LAYOUT = (
 def forget_odd(image: Image.Image) -> bool:
     """Forget what only passes for metadata: Pillow's own readers stumble over it. Whether there was
     any. Tags of a TIFF may have any type, and a PNG's notes any name."""
-    kinds: dict[str, type | tuple[type, ...]] = {
-        **dict.fromkeys(("exif", "xmp", "icc_profile"), bytes),
-        "transparency": (bytes, int, tuple),
-        "interlace": int,
-    }
-    found = {key: image.info.get(key) for key in kinds}
-    odd = [key for key, one in found.items() if not (one is None or isinstance(one, kinds[key]))]
+    found = {key: (image.info.get(key), kind) for key, kind in INFO_TYPES.items()}
+    odd = [key for key, (one, kind) in found.items() if not (one is None or isinstance(one, kind))]
     for key in odd:
         del image.info[key]
     return bool(odd)

@@ -7,7 +7,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from vaestream.images.containers import EXIF_PREFIX
+from vaestream.images.metadata import with_prefix
 from vaestream.images.pixels import Pixels
 
 
@@ -55,8 +55,8 @@ def save(
         options.update(quality=95, subsampling="4:4:4")
     elif format == "webp":
         options.update(quality=95)
-    if exif is not None:
-        options["exif"] = exif if exif.startswith(EXIF_PREFIX) else EXIF_PREFIX + exif
+    if (prefixed := with_prefix(exif)) is not None:
+        options["exif"] = prefixed
     # PNG falls back on image.info where it is not given; the others do not.
     options["icc_profile"] = icc
     if xmp is not None and format == "png":

@@ -216,9 +216,7 @@ class Destination:
             replaced |= set(self.names)
         if alone():
             replaced |= self._doubled(parts, replaced)
-        for name in replaced:
-            if part_id_of(name) and name not in stays:
-                remove(self.fs, join(self.root, name))
+        self._remove(name for name in replaced if part_id_of(name) and name not in stays)
         if self.manifest and self.manifest.model_id not in (None, self.model_id):
             remove(self.fs, model_path(self.root, str(self.manifest.model_id)))
         self.manifest = manifest
@@ -226,15 +224,17 @@ class Destination:
 
     def discard(self, parts: Iterable[PartInfo]) -> None:
         """Remove parts that have been made and not committed."""
-        for part in parts:
-            remove(self.fs, join(self.root, part.name))
+        self._remove(part.name for part in parts)
 
     def clear(self) -> None:
         """Remove what only a running job needs, and has left; call it when none is."""
         stays = {part.name for part in self.manifest.parts} if self.manifest else set()
-        for name in self._left - stays:
-            remove(self.fs, join(self.root, name))
+        self._remove(self._left - stays)
         remove_folder(self.fs, join(self.root, JOB_FOLDER))
+
+    def _remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            remove(self.fs, join(self.root, name))
 
     def _manifest_now(self) -> Manifest | None:
         if MANIFEST in list_names(self.fs, self.root):

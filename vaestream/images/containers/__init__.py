@@ -13,7 +13,7 @@ import re
 import struct
 from pathlib import PurePosixPath
 
-from vaestream.images.containers.container import UNKNOWN_FORMAT, Container, bits_reason
+from vaestream.images.containers.container import INFO_TYPES, UNKNOWN_FORMAT, Container, bits_reason
 from vaestream.images.containers.jpeg import EXIF_PREFIX, walk_jpeg
 from vaestream.images.containers.others import (
     walk_avif,
@@ -27,6 +27,7 @@ from vaestream.images.containers.tiff import byte_order, ifd, walk_tiff
 
 __all__ = [
     "EXIF_PREFIX",
+    "INFO_TYPES",
     "UNKNOWN_FORMAT",
     "Container",
     "bits_reason",

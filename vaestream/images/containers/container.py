@@ -8,6 +8,17 @@ UNKNOWN_FORMAT = "not a format this reader knows"
 # Makers end their files with short records of their own (Samsung's time stamp: 67 bytes). What is
 # longer is a video, a sound or another picture.
 TRAILER_BYTES = 1 << 16
+AFTER_PICTURE = "data after the picture"
+NO_PROFILE = "colour space that no ICC profile states"
+
+INFO_TYPES: dict[str, type | tuple[type, ...]] = {
+    "exif": bytes,
+    "icc_profile": bytes,
+    "interlace": int,
+    "transparency": (bytes, int, tuple),
+    "xmp": bytes,
+}
+"""What Pillow's readers keep in `image.info` and rely on. A PNG's notes are there, too, by name."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,12 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vaestream.images.containers.container import TRAILER_BYTES, Container, bits_reason
+from vaestream.images.containers.container import (
+    AFTER_PICTURE,
+    TRAILER_BYTES,
+    Container,
+    bits_reason,
+)
 from vaestream.images.containers.tiff import byte_order, ifd
 
 EXIF_PREFIX = b"Exif\0\0"
@@ -81,7 +86,7 @@ def walk_jpeg(data: bytes) -> Container:
     elif b"ftyp" in trailer:
         reason = "motion photo"
     elif len(trailer) > TRAILER_BYTES:
-        reason = "data after the picture"
+        reason = AFTER_PICTURE
     elif has_extended_xmp:
         reason = "extended XMP"
     elif has_iptc and not has_xmp:

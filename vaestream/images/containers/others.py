@@ -9,7 +9,14 @@ import re
 import struct
 from dataclasses import replace
 
-from vaestream.images.containers.container import TRAILER_BYTES, Container, bits_reason, is_srgb
+from vaestream.images.containers.container import (
+    AFTER_PICTURE,
+    NO_PROFILE,
+    TRAILER_BYTES,
+    Container,
+    bits_reason,
+    is_srgb,
+)
 
 _PPM_HEADER = 4096
 _BMP_RARE = "bit layout this reader does not know"
@@ -31,7 +38,7 @@ def walk_webp(data: bytes) -> Container:
         size = (width & 0x3FFF, height & 0x3FFF)
     held = 8 + int.from_bytes(data[4:8], "little")
     error = "file is truncated" if len(data) < held else None
-    reason = "data after the picture" if len(data) - held > TRAILER_BYTES else None
+    reason = AFTER_PICTURE if len(data) - held > TRAILER_BYTES else None
     return Container("WEBP", size, reason, error)
 
 
@@ -73,7 +80,7 @@ def walk_avif(data: bytes) -> Container:
     if at >= 0 and b"colrprof" not in head:
         primaries, transfer = struct.unpack_from(">HH", head, at + 8)
         if not is_srgb(primaries, transfer):
-            reason = reason or "colour space that no ICC profile states"
+            reason = reason or NO_PROFILE
     if b"tmap" in head:
         reason = "gain map"
     return Container("AVIF", None, reason)
@@ -124,5 +131,5 @@ def walk_ppm(data: bytes) -> Container:
     elif head[0] in (b"P5", b"P6"):
         held = size[0] * size[1] * (3 if head[0] == b"P6" else 1)
         if len(data) - held > _PPM_HEADER:
-            reason = "data after the picture"  # another picture, say
+            reason = AFTER_PICTURE  # another picture, say
     return Container("PPM", size, reason)

@@ -6,7 +6,15 @@ import re
 import struct
 import zlib
 
-from vaestream.images.containers.container import TRAILER_BYTES, Container, bits_reason, is_srgb
+from vaestream.images.containers.container import (
+    AFTER_PICTURE,
+    INFO_TYPES,
+    NO_PROFILE,
+    TRAILER_BYTES,
+    Container,
+    bits_reason,
+    is_srgb,
+)
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 # Deflate cannot shrink by more than this, so a PNG cannot hold more than this many times its size.
@@ -23,7 +31,7 @@ _PNG_CHATTER = re.compile(
 _PNG_XMP = b"XML:com.adobe.xmp"  # in iTXt; where Pillow does not look for it, elsewhere
 _PNG_PROFILE = re.compile(rb"raw profile type ", re.IGNORECASE)
 # Pillow keeps notes of these names where it keeps what they are named after.
-_PNG_TAKEN = frozenset((b"exif", b"icc_profile", b"interlace", b"transparency", b"xmp"))
+_PNG_TAKEN = frozenset(name.encode() for name in INFO_TYPES)
 
 
 def walk_png(data: bytes) -> Container:
@@ -52,10 +60,10 @@ def walk_png(data: bytes) -> Container:
             elif length > _NOTE_BYTES and not _PNG_CHATTER.match(keyword):
                 reason = reason or "long text in PNG chunks"
         elif kind == b"cICP" and not is_srgb(data[body], data[body + 1]):
-            reason = reason or "colour space that no ICC profile states"
+            reason = reason or NO_PROFILE
         elif kind == b"IEND":
             if len(data) - after > TRAILER_BYTES:
-                reason = reason or "data after the picture"
+                reason = reason or AFTER_PICTURE
             break
         position = after
     channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(colour, 1)
